@@ -1,0 +1,3 @@
+//! The command line: arguments, printing, exit codes. (under work)
+//!
+//! Each command is one file with an `Args` struct (clap) and `pub(crate) fn run(args) -> Result<()>`.

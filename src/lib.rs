@@ -1,0 +1,29 @@
+//! `obd-ublk`: layered overlaybd container images as Linux block devices.
+//!
+//! ```text
+//!   cli ──────────── server ────────── ublk          what people run, and the kernel
+//!                       │                │
+//!                       └──── image ─────┘           one open disk: plan, fetch, decode
+//!                           /   │   \
+//!                     source   map   format          bytes, addresses, meaning
+//! ```
+//!
+//! A read walks down once: the front end asks a [`disk::Disk`]; the image asks the merged
+//! [`map`] which layer holds each sector; a layer's bytes come from a [`source`] (a mapped file),
+//! through the zfile codec in [`format`] where the layer is compressed, straight into the
+//! request's buffer. `format` and `map` are pure. `tests/tidy.rs` enforces who may import whom.
+
+pub mod disk;
+pub mod error;
+pub mod format;
+pub mod image;
+pub mod limits;
+pub mod map;
+pub mod server;
+pub mod source;
+pub mod telemetry;
+pub mod units;
+
+pub mod cli;
+#[cfg(feature = "ublk")]
+pub mod ublk;

@@ -1,0 +1,49 @@
+//! Every bound of the program, each with its reason.
+//!
+//! What comes from disk, network, kernel or config is checked against these before memory is
+//! taken for it.
+
+/// Layers in one stack, the upper included. The reference enforces 255 (`MAX_STACK_LAYERS`), and
+/// nobody ships more; our own tag is wider (`u16`).
+pub const LAYER_COUNT_MAX: usize = 255;
+
+/// Entries in the index of one sealed layer: the reference's `MAX_LSMT_RO_INDEX_SIZE`. 16 MB on
+/// disk; production images of over 50 GB average below 19,000.
+pub const SEALED_INDEX_ENTRIES_MAX: u64 = 1_000_000;
+
+/// Entries in the log of a writable pair, and in a merged map: the reference's
+/// `MAX_LSMT_INDEX_SIZE`.
+pub const INDEX_ENTRIES_MAX: u64 = 128_000_000;
+
+/// Sectors of a layer's file that the merged map can address (48 bits, 128 PiB): the map packs
+/// layer and sector into one word.
+pub const LAYER_SECTORS_MAX: u64 = 1 << 48;
+
+/// Sectors of a virtual disk: the 50 bits that an index entry has for them.
+pub const VIRTUAL_SECTORS_MAX: u64 = 1 << 50;
+
+/// Blocks in one zfile: the reference's `MAX_ZFILE_INDEX_SIZE`.
+pub const ZFILE_BLOCKS_MAX: u64 = 1_000_000_000;
+
+/// Largest compression block. The reference's reader divides by `65536 / block_size`.
+pub const ZFILE_BLOCK_SIZE_MAX: u32 = 64 * 1024;
+
+/// Smallest compression block: the reference's writer offers nothing below a page.
+pub const ZFILE_BLOCK_SIZE_MIN: u32 = 4096;
+
+/// Bytes of a config or service config file. Real ones are below 100 KB at 255 layers.
+pub const CONFIG_BYTES_MAX: u64 = 4 * 1024 * 1024;
+
+/// Bytes of a prefetch trace: ten million records of 24 bytes.
+pub const TRACE_BYTES_MAX: u64 = 256 * 1024 * 1024;
+
+/// Bytes of one kernel request that we accept; the default buffer per tag. The kernel allows
+/// 32 MiB, block devices rarely see more than 1 MiB.
+pub const REQUEST_BYTES_MAX: u32 = 512 * 1024;
+
+/// Requests in flight per queue; the kernel's own limit is 4096.
+pub const QUEUE_DEPTH_MAX: u16 = 4096;
+
+/// Hardware queues of one device. The kernel clamps to the number of CPUs; more than 32 queue
+/// threads per container disk help nobody.
+pub const QUEUE_COUNT_MAX: u16 = 32;
