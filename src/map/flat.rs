@@ -40,7 +40,6 @@ impl Packed {
             return Target::Zero;
         }
         // The shift leaves 16 bits.
-        #[expect(clippy::cast_possible_truncation)]
         let layer = (self.0 >> Self::SECTOR_BITS) as u16;
         Target::Data { layer, sector: (self.0 & (LAYER_SECTORS_MAX - 1)) + sectors_in }
     }
