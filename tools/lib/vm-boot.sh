@@ -170,14 +170,18 @@ start_vm() {
     done
     "${qemu[@]}" >"$run/qemu.log" 2>&1 {ctl}>&- &
     qemu_pid=$!
+    disown "$qemu_pid" # no word from bash when it is killed
 }
 
 stop_vm() {
-    local pid
+    local pid tries=500
     for pid in $qemu_pid "${helpers[@]}" "${relays[@]}"; do
         kill -KILL "$pid" || true
         wait "$pid" || true
     done 2>/dev/null
+    while [ -n "$qemu_pid" ] && kill -0 "$qemu_pid" 2>/dev/null && [ $((tries--)) -gt 0 ]; do
+        sleep 0.01
+    done
     # virtiofsd leaves a lock file per socket behind.
     rm -f /run/virtiofsd/"${run//\//.}"*
     [ -z "$ctl" ] || exec {ctl}>&-
@@ -220,7 +224,9 @@ show_logs() {
     for log in virtiofsd.log qemu.log console; do
         [ -s "$run/$log" ] || continue
         say "the end of $log:"
-        tail -n "${1-40}" "$run/$log" | tr -d '\r' | sed 's/^/vm| /' >&2
+        # virtiofsd says that of every QEMU that is gone.
+        grep -av 'Unexpected poll revents' "$run/$log" | tail -n "${1-40}" |
+            tr -d '\r' | sed 's/^/vm| /' >&2 || true
     done
 }
 
@@ -257,6 +263,18 @@ boot_somehow() {
     die "$boot_error, twice"
 }
 
+# Lets the relays pass on what QEMU had written before its end; not for ever,
+# though: nobody may be reading.
+drain() {
+    local tries=100
+    kill -KILL "$qemu_pid" 2>/dev/null || true
+    while kill -0 "${relays[0]}" 2>/dev/null || kill -0 "${relays[1]}" 2>/dev/null; do
+        tries=$((tries - 1))
+        [ "$tries" -gt 0 ] || break
+        sleep 0.05
+    done
+}
+
 boot_and_run() {
     local heard=0 status
     boot_somehow
@@ -273,11 +291,13 @@ boot_and_run() {
         status=${line#exit }
         ;;
     2,*)
+        drain
         show_logs
         say "COMMAND did not end within $timeout s"
         status=124
         ;;
     *)
+        drain
         show_logs
         say "the VM died after COMMAND was started"
         status=137
