@@ -1,5 +1,8 @@
 //! The checked-in golden set is what its manifest says, and comes back to life unharmed.
 
+// Helpers stand outside `#[test]` functions, where clippy.toml allows these.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 mod common;
 
 use common::golden::{Golden, NOT_KEPT, sha256_of_file};

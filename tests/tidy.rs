@@ -4,6 +4,9 @@
 //! violation, `file:line: what`. The rules are in `tests/tidy/`; each is also run on small bad
 //! inputs below, so that a rule that stopped working would be seen. Only `std` is used.
 
+// Helpers stand outside `#[test]` functions, where clippy.toml allows these.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 #[path = "tidy/docs.rs"]
 mod docs;
 #[path = "tidy/imports.rs"]

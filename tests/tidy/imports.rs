@@ -139,13 +139,13 @@ fn judge(row: &Row, file: &SourceFile, path: &PathUse, dependencies: &[String]) 
     if path.in_test || file.is_test() {
         return None;
     }
-    let first = path.segments[0].as_str();
-    let second = path.segments[1].as_str();
-    if row.pure && matches!(first, "std" | "core") && IMPURE.contains(&second) {
+    let [first, rest @ ..] = path.segments.as_slice() else { return None };
+    let second = rest.first().map_or("", String::as_str);
+    if row.pure && matches!(first.as_str(), "std" | "core") && IMPURE.contains(&second) {
         return Some(format!("`{module}` is pure and may not name {name}"));
     }
     let foreign = dependencies.iter().any(|dependency| dependency == first);
-    (foreign && !row.outside.contains(&first))
+    (foreign && !row.outside.contains(&first.as_str()))
         .then(|| format!("`{module}` may not use the crate `{first}` ({name})"))
 }
 

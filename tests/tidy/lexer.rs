@@ -152,7 +152,7 @@ impl Cursor<'_> {
     }
 }
 
-/// A path of at least two segments, as written.
+/// A path as written; what follows generic arguments is left out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct PathUse {
     pub(crate) line: usize,
@@ -176,9 +176,9 @@ pub(crate) fn paths(tokens: &[Token]) -> Vec<PathUse> {
             continue;
         }
         let mut tree = Vec::new();
+        let (inline_modules, in_test) = scopes[at];
         at = path_tree(tokens, at, &[], &mut tree);
         for (line, segments) in tree {
-            let (inline_modules, in_test) = scopes[at.min(tokens.len() - 1)];
             found.push(PathUse { line, segments, inline_modules, in_test });
         }
     }
@@ -216,7 +216,8 @@ fn path_tree(
     if segments.len() > prefix.len() {
         found.push((line, segments));
     }
-    at
+    // `a as b`: the new name is no path.
+    if text(tokens, at) == "as" { at + 2 } else { at }
 }
 
 /// For every token: how many inline modules enclose it, and whether one is test code.
