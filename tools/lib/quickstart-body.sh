@@ -48,7 +48,7 @@ say "$(wc -l <<<"$digests") files have the content they were made with"
 say "random 4 KiB reads for 3 s, 32 at a time:"
 figures=$(fio --name=quickstart --filename="$device" --readonly --rw=randread --bs=4k --direct=1 \
     --ioengine=libaio --iodepth=32 --time_based --runtime=3)
-grep -E '^ +(read: |lat )' <<<"$figures"
+grep -E '^ +(read: |lat .*min=)' <<<"$figures"
 
 umount "$folder"
 mounted=''
