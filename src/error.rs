@@ -2,7 +2,7 @@
 //!
 //! The kind decides the errno that the kernel sees and the exit code that the caller sees; the
 //! table is [`ErrorKind`]. The text is located: what, where, found, expected. The context is a
-//! verb phrase added on the way up ("open layer 3 (file …)"); `{:#}` prints the whole chain.
+//! verb phrase added on the way up ("open layer 3 (file a.lsmt)"); `{:#}` prints the whole chain.
 
 use std::fmt;
 

@@ -1,11 +1,11 @@
 //! `obd-ublk`: layered overlaybd container images as Linux block devices.
 //!
 //! ```text
-//!   cli ──────────── server ────────── ublk          what people run, and the kernel
-//!                       │                │
-//!                       └──── image ─────┘           one open disk: plan, fetch, decode
-//!                           /   │   \
-//!                     source   map   format          bytes, addresses, meaning
+//!   cli ------------- server ----------- ublk        what people run, and the kernel
+//!                       |                  |
+//!                       +----- image ------+         one open disk: plan, fetch, decode
+//!                            /   |   \
+//!                      source   map   format         bytes, addresses, meaning
 //! ```
 //!
 //! A read walks down once: the front end asks a [`disk::Disk`]; the image asks the merged

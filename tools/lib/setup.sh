@@ -1,0 +1,116 @@
+# shellcheck shell=bash
+# Sourced by tools/test and tools/quickstart: what a fresh Debian 12 lacks, installed on demand.
+#
+# Nothing is installed twice, and nothing is installed that is there: a developer's own toolchain
+# is used as it is. `setup_environment` only finds and exports; `setup_all` installs first.
+
+# The oldest compiler that the crate builds with (rust-version in Cargo.toml).
+rust_minor_min=91
+# The cargo-deny that deny.toml was written for.
+deny_version='^0.20'
+
+cache=${OBD_UBLK_CACHE:-${XDG_CACHE_HOME:-${HOME:-/var}/.cache}/obd-ublk}
+llvm_lib=/usr/lib/llvm-14/lib
+
+setup_say() { printf 'setup: %s\n' "$*" >&2; }
+setup_die() {
+    setup_say "$*"
+    exit 1
+}
+
+setup_lists_updated=
+# Installs the named packages, reading apt's lists first, once.
+setup_install() {
+    [ "$(id -u)" = 0 ] || setup_die "not root: cannot install $*"
+    [ -n "$(type -P apt-get)" ] || setup_die "no apt-get here: install $* by hand"
+    local apt=(apt-get -qq -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3)
+    if [ -z "$setup_lists_updated" ]; then
+        "${apt[@]}" update >&2 || setup_die "apt-get update failed"
+        setup_lists_updated=1
+    fi
+    setup_say "installing $*"
+    DEBIAN_FRONTEND=noninteractive "${apt[@]}" install -y --no-install-recommends "$@" >&2 ||
+        setup_die "cannot install $*"
+    hash -r
+}
+
+# Installs what of PACKAGE=PATH-OR-COMMAND is missing.
+setup_missing() {
+    local pair package probe want=()
+    for pair; do
+        package=${pair%%=*} probe=${pair#*=}
+        case $probe in
+        /*) [ -e "$probe" ] || want+=("$package") ;;
+        *) [ -n "$(type -P "$probe")" ] || want+=("$package") ;;
+        esac
+    done
+    [ ${#want[@]} = 0 ] || setup_install "${want[@]}"
+}
+
+# A C compiler for lz4 and zstd; libclang with its headers, because libublk's bindings are made by
+# bindgen at build time; git, because the tidy test asks it what is tracked.
+setup_build_packages() {
+    setup_missing gcc=cc libc6-dev=/usr/include/stdio.h linux-libc-dev=/usr/include/linux/errno.h \
+        libclang1-14="$llvm_lib/libclang.so.1" libclang-common-14-dev="$llvm_lib/clang" \
+        git=git ca-certificates=/etc/ssl/certs/ca-certificates.crt
+}
+
+# What the quick start and the tests in the VM use. The guest sees the host's own root, so what is
+# installed here is there too. tools/vm installs what it needs for itself.
+setup_run_packages() {
+    setup_missing fio=fio e2fsprogs=mkfs.ext4 xfsprogs=mkfs.xfs mount=mount kmod=modprobe
+}
+
+# Whether the cargo on PATH is recent and comes with rustfmt and clippy.
+setup_rust_is_good() {
+    local version
+    version=$(cargo --version 2>/dev/null) || return 1
+    [[ $version =~ ^cargo\ 1\.([0-9]+)\. ]] || return 1
+    [ "${BASH_REMATCH[1]}" -ge "$rust_minor_min" ] &&
+        cargo fmt --version >/dev/null 2>&1 && cargo clippy --version >/dev/null 2>&1
+}
+
+# Puts what earlier installations left on PATH; installs nothing.
+setup_environment() {
+    PATH=$PATH:/usr/sbin:/sbin
+    export PATH=$cache/tools/bin:$PATH
+    export LIBCLANG_PATH=${LIBCLANG_PATH:-$llvm_lib}
+    setup_rust_is_good && return
+    local before=$PATH dir
+    for dir in "${CARGO_HOME:-${HOME:-/}/.cargo}/bin" /usr/bin; do
+        export PATH=$dir:$before
+        hash -r
+        setup_rust_is_good && return
+    done
+    export PATH=$before
+    hash -r
+}
+
+# Debian 12's security suite carries a recent Rust under these names (for the browser's sake).
+setup_rust() {
+    setup_rust_is_good && return
+    setup_install cargo-web rustc-web rustfmt-web rust-web-clippy
+    setup_environment
+    setup_rust_is_good || setup_die "no cargo >= 1.$rust_minor_min with rustfmt and clippy;" \
+        "Debian 12's security suite has one: is it among apt's sources?"
+}
+
+# Built without optimisation: it runs for a second, and builds in a third of the time.
+setup_deny() {
+    [ -x "$cache/tools/bin/cargo-deny" ] && return
+    setup_say "building cargo-deny (once)"
+    env -u CARGO_TARGET_DIR CARGO_PROFILE_DEV_DEBUG=0 \
+        cargo install --quiet --locked --debug --no-default-features --root "$cache/tools" \
+        --version "$deny_version" cargo-deny >&2 || setup_die "cannot build cargo-deny"
+}
+
+# Everything that tools/test needs.
+setup_all() {
+    setup_environment
+    setup_build_packages
+    setup_run_packages
+    setup_missing shellcheck=shellcheck
+    setup_rust
+    setup_deny
+    setup_say "$(cargo --version), $(rustc --version), cargo-deny in $cache/tools/bin"
+}
