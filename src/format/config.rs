@@ -1,1 +1,532 @@
-//! (placeholder)
+//! The two JSON files of the reference: an image's `config.v1.json` and the host's
+//! `overlaybd.json`.
+//!
+//! Both are written by others (the snapshotter, an administrator), so unknown keys are ignored,
+//! every key is optional, and `null` means absent. What is understood is checked: a wrong type
+//! fails with its line and column. TurboOCI is recognised and refused by name. Paths are kept as
+//! text; finding files is done by `image::open`. `format-spec/image-config.md` tells the format.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::limits::{CONFIG_BYTES_MAX, LAYER_COUNT_MAX};
+use crate::units::to_u64;
+use serde::{Deserialize, Deserializer};
+use std::path::PathBuf;
+
+/// An image's `config.v1.json`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ImageConfig {
+    /// `https://HOST/v2/REPOSITORY/blobs`: where layers without a local file are.
+    #[serde(deserialize_with = "or_default")]
+    pub repo_blob_url: String,
+    /// The read-only layers, lowest first.
+    #[serde(deserialize_with = "or_default")]
+    pub lowers: Vec<LowerConfig>,
+    /// The writable pair on top, if there is one.
+    #[serde(deserialize_with = "upper")]
+    pub upper: Option<UpperConfig>,
+    /// Where the outcome of an attach is written; empty for nowhere.
+    #[serde(deserialize_with = "or_default")]
+    pub result_file: String,
+    /// Background download; `None` leaves it to the host's config.
+    pub download: Option<Download>,
+    /// Whether the uppermost lower holds only a trace.
+    #[serde(deserialize_with = "or_default")]
+    pub acceleration_layer: bool,
+    /// Where to record a trace; empty for nowhere.
+    #[serde(deserialize_with = "or_default")]
+    pub record_trace_path: String,
+}
+
+/// One read-only layer.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct LowerConfig {
+    /// The layer's file.
+    #[serde(deserialize_with = "or_default")]
+    pub file: String,
+    /// A folder that may hold the layer under one of three names.
+    #[serde(deserialize_with = "or_default")]
+    pub dir: String,
+    /// `sha256:HEX` of the blob in the registry.
+    #[serde(deserialize_with = "or_default")]
+    pub digest: String,
+    /// Length of that blob in bytes; 0 when unknown.
+    #[serde(deserialize_with = "or_default")]
+    pub size: u64,
+    /// This layer's own place in a registry (an extension of a peer), before the image's.
+    #[serde(deserialize_with = "or_default")]
+    pub repo_blob_url: String,
+    #[serde(deserialize_with = "or_default")]
+    target_file: String,
+    #[serde(deserialize_with = "or_default")]
+    target_digest: String,
+    #[serde(deserialize_with = "or_default")]
+    gzip_index: String,
+}
+
+/// The writable pair.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct UpperConfig {
+    /// The data file.
+    #[serde(deserialize_with = "or_default")]
+    pub data: String,
+    /// The index file.
+    #[serde(deserialize_with = "or_default")]
+    pub index: String,
+    #[serde(deserialize_with = "or_default")]
+    target: String,
+    #[serde(deserialize_with = "or_default")]
+    gzip_index: String,
+}
+
+/// How the background download behaves. Defaults are the reference's code's, not its README's.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct Download {
+    /// Whether whole layers are downloaded in the background.
+    #[serde(deserialize_with = "or_default")]
+    pub enable: bool,
+    /// Seconds to wait after attach.
+    pub delay: u64,
+    /// At most as many seconds more, at random.
+    #[serde(rename = "delayExtra")]
+    pub delay_extra: u64,
+    /// Limit in megabytes a second.
+    #[serde(rename = "maxMBps")]
+    pub max_mbps: u64,
+    /// Attempts per layer.
+    #[serde(rename = "tryCnt")]
+    pub try_count: u64,
+    /// Bytes per request.
+    #[serde(rename = "blockSize")]
+    pub block_size: u64,
+}
+
+impl Default for Download {
+    fn default() -> Self {
+        Self {
+            enable: false,
+            delay: 300,
+            delay_extra: 30,
+            max_mbps: 100,
+            try_count: 5,
+            block_size: 262_144,
+        }
+    }
+}
+
+impl ImageConfig {
+    /// The config in `bytes`.
+    ///
+    /// # Errors
+    /// `InvalidConfig` with line and column, or naming the layer; `Unsupported` for TurboOCI.
+    pub fn parse(bytes: &[u8]) -> Result<Self> {
+        let config: Self = parse_json("image config", bytes, &["lowers", "upper", "download"])?;
+        let invalid = |message: String| Err(Error::new(ErrorKind::InvalidConfig, message));
+        let upper_count = usize::from(config.upper.is_some());
+        let count = config.lowers.len() + upper_count;
+        if count > LAYER_COUNT_MAX {
+            return invalid(format!("found {count} layers, expected at most {LAYER_COUNT_MAX}"));
+        }
+        for (number, lower) in config.lowers.iter().enumerate() {
+            if let Some(key) = lower.turbo_oci_key() {
+                return Err(turbo_oci(&format!("layer {number}"), key));
+            }
+        }
+        if let Some(upper) = &config.upper {
+            upper.check()?;
+        }
+        if config.acceleration_layer && !config.record_trace_path.is_empty() {
+            let message = "accelerationLayer and recordTracePath exclude each other";
+            return invalid(message.to_owned());
+        }
+        if config.stack_lowers().is_empty() && config.upper.is_none() {
+            return invalid("there are neither lowers nor an upper".to_owned());
+        }
+        Ok(config)
+    }
+
+    /// The lowers that hold the disk, lowest first: without the trace layer, if there is one.
+    #[must_use]
+    pub fn stack_lowers(&self) -> &[LowerConfig] {
+        match self.lowers.split_last() {
+            Some((_trace, stack)) if self.acceleration_layer => stack,
+            _ => &self.lowers,
+        }
+    }
+}
+
+/// The `resultFile` of a config that may be invalid in every other respect, so that the failure
+/// can be told there. `None` when the bytes are no JSON object or it names none.
+#[must_use]
+pub fn result_file_of(bytes: &[u8]) -> Option<String> {
+    if to_u64(bytes.len()) > CONFIG_BYTES_MAX {
+        return None;
+    }
+    let value: serde_json::Value = serde_json::from_slice(bytes).ok()?;
+    let path = value.get("resultFile")?.as_str()?;
+    (!path.is_empty()).then(|| path.to_owned())
+}
+
+impl LowerConfig {
+    /// Where the layer's file may be, in the reference's order; the first that exists is taken.
+    #[must_use]
+    pub fn local_candidates(&self) -> Vec<PathBuf> {
+        let mut candidates = Vec::new();
+        if !self.file.is_empty() {
+            candidates.push(PathBuf::from(&self.file));
+        }
+        if !self.dir.is_empty() {
+            let names = ["overlaybd.commit", ".commit", "overlaybd.sealed"];
+            candidates.extend(names.map(|name| PathBuf::from(&self.dir).join(name)));
+        }
+        candidates
+    }
+
+    fn turbo_oci_key(&self) -> Option<&'static str> {
+        [
+            ("targetFile", &self.target_file),
+            ("targetDigest", &self.target_digest),
+            ("gzipIndex", &self.gzip_index),
+        ]
+        .into_iter()
+        .find_map(|(key, value)| (!value.is_empty()).then_some(key))
+    }
+}
+
+impl UpperConfig {
+    fn check(&self) -> Result<()> {
+        for (key, value) in [("target", &self.target), ("gzipIndex", &self.gzip_index)] {
+            if !value.is_empty() {
+                return Err(turbo_oci("the upper", key));
+            }
+        }
+        // The reference silently serves such a config read-only; whoever wrote half a pair
+        // expects to write to it.
+        let missing = match (self.data.is_empty(), self.index.is_empty()) {
+            (true, false) => "data",
+            (false, true) => "index",
+            _ => return Ok(()),
+        };
+        let message = format!("the upper is half a pair: it has no {missing}");
+        Err(Error::new(ErrorKind::InvalidConfig, message))
+    }
+}
+
+fn turbo_oci(place: &str, key: &str) -> Error {
+    let message = format!("{place} has {key}: TurboOCI images are not supported");
+    Error::new(ErrorKind::Unsupported, message)
+}
+
+/// The host's `overlaybd.json`, as far as it concerns us. Defaults are the reference's.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ServiceConfig {
+    /// Legacy place of the cache's size in GB.
+    #[serde(rename = "registryCacheSizeGB")]
+    pub registry_cache_size_gb: u64,
+    /// The cache of registry reads.
+    pub cache_config: CacheConfig,
+    /// Legacy place of the credential file.
+    pub credential_file_path: String,
+    /// Where credentials come from.
+    pub credential_config: CredentialConfig,
+    /// Background download where the image's config says nothing.
+    pub download: Download,
+    /// The prefix of a peer-to-peer network.
+    pub p2p_config: P2pConfig,
+    /// Replay of traces.
+    pub prefetch_config: PrefetchConfig,
+    /// Client certificate for registries.
+    pub cert_config: CertConfig,
+    /// The reference's I/O engine; ours is io_uring whatever it says. 0, 1 or 2.
+    pub io_engine: u32,
+    /// What we call ourselves to registries; empty for our name and version.
+    pub user_agent: String,
+}
+
+impl Default for ServiceConfig {
+    fn default() -> Self {
+        Self {
+            registry_cache_size_gb: 4,
+            cache_config: CacheConfig::default(),
+            credential_file_path: "/opt/overlaybd/cred.json".to_owned(),
+            credential_config: CredentialConfig::default(),
+            download: Download::default(),
+            p2p_config: P2pConfig::default(),
+            prefetch_config: PrefetchConfig::default(),
+            cert_config: CertConfig::default(),
+            io_engine: 0,
+            user_agent: String::new(),
+        }
+    }
+}
+
+/// `cacheConfig`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct CacheConfig {
+    /// `file`, `ocf` or `download`; empty for the default.
+    pub cache_type: String,
+    /// The reference's cache folder; never ours.
+    pub cache_dir: String,
+    /// Quota in GB.
+    #[serde(rename = "cacheSizeGB")]
+    pub cache_size_gb: u64,
+    /// Bytes per refill.
+    pub refill_size: u64,
+}
+
+impl Default for CacheConfig {
+    fn default() -> Self {
+        Self {
+            cache_type: String::new(),
+            cache_dir: String::new(),
+            cache_size_gb: 4,
+            refill_size: 262_144,
+        }
+    }
+}
+
+/// `credentialConfig`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct CredentialConfig {
+    /// `file`, `http`, `https` or `uds`; empty for the legacy file.
+    pub mode: String,
+    /// File, URL or socket.
+    pub path: String,
+    /// Seconds.
+    pub timeout: u64,
+}
+
+impl Default for CredentialConfig {
+    fn default() -> Self {
+        Self { mode: String::new(), path: String::new(), timeout: 1 }
+    }
+}
+
+/// `p2pConfig`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct P2pConfig {
+    /// Whether blob URLs get the prefix.
+    pub enable: bool,
+    /// The prefix.
+    pub address: String,
+}
+
+impl Default for P2pConfig {
+    fn default() -> Self {
+        Self { enable: false, address: "http://localhost:9731/accelerator".to_owned() }
+    }
+}
+
+/// `prefetchConfig`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct PrefetchConfig {
+    /// Reads in flight during replay.
+    pub concurrency: u32,
+}
+
+impl Default for PrefetchConfig {
+    fn default() -> Self {
+        Self { concurrency: 16 }
+    }
+}
+
+/// `certConfig`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct CertConfig {
+    /// Certificate file.
+    pub cert_file: String,
+    /// Key file.
+    pub key_file: String,
+}
+
+impl ServiceConfig {
+    /// The config in `bytes`.
+    ///
+    /// # Errors
+    /// `InvalidConfig` with line and column.
+    pub fn parse(bytes: &[u8]) -> Result<Self> {
+        let config: Self = parse_json("service config", bytes, &SERVICE_OBJECTS)?;
+        if config.io_engine > 2 {
+            let message = format!("ioEngine: found {}, expected 0, 1 or 2", config.io_engine);
+            return Err(Error::new(ErrorKind::InvalidConfig, message));
+        }
+        Ok(config)
+    }
+}
+
+/// Keys of the service config whose values are objects.
+const SERVICE_OBJECTS: [&str; 6] =
+    ["cacheConfig", "credentialConfig", "download", "p2pConfig", "prefetchConfig", "certConfig"];
+
+/// Parses, and insists on objects at the root and under the keys `objects` (or in their lists):
+/// the derived parsers would take an array as the fields in order.
+fn parse_json<'a, T: Deserialize<'a>>(what: &str, bytes: &'a [u8], objects: &[&str]) -> Result<T> {
+    let invalid = |message: String| Error::new(ErrorKind::InvalidConfig, message);
+    if to_u64(bytes.len()) > CONFIG_BYTES_MAX {
+        return Err(invalid(format!("{what}: more than {CONFIG_BYTES_MAX} bytes")));
+    }
+    let failed = |error: serde_json::Error| invalid(format!("{what}: {error}"));
+    let value: serde_json::Value = serde_json::from_slice(bytes).map_err(failed)?;
+    let Some(root) = value.as_object() else {
+        return Err(invalid(format!("{what}: expected an object at line 1 column 1")));
+    };
+    for key in objects {
+        let items = match root.get(*key) {
+            Some(serde_json::Value::Array(items)) if *key == "lowers" => items.as_slice(),
+            Some(other) if *key != "lowers" => std::slice::from_ref(other),
+            // Absent, or of a type that the typed parser refuses.
+            _ => continue,
+        };
+        if items.iter().any(|item| !item.is_object() && !item.is_null()) {
+            return Err(invalid(format!("{what}: expected an object in {key}")));
+        }
+    }
+    serde_json::from_slice(bytes).map_err(failed)
+}
+
+/// `null` and absence are the same.
+fn or_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
+    deserializer: D,
+) -> std::result::Result<T, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+/// The snapshotter writes `"upper":{}` for "none".
+fn upper<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<Option<UpperConfig>, D::Error> {
+    let upper: Option<UpperConfig> = Option::deserialize(deserializer)?;
+    Ok(upper.filter(|upper| *upper != UpperConfig::default()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As the snapshotter writes it.
+    const REAL: &str = r#"{"repoBlobUrl":"https://registry-1.docker.io/v2/overlaybd/redis/blobs",
+        "lowers":[{"digest":"sha256:abc","size":4739584,"dir":"/snapshots/1/fs"},{"file":"/x"}],
+        "upper":{},"resultFile":"/snapshots/7/block/init-debug.log"}"#;
+
+    #[test]
+    fn a_config_of_the_snapshotter_is_understood() {
+        let config = ImageConfig::parse(REAL.as_bytes()).unwrap();
+        assert_eq!(config.lowers.len(), 2);
+        assert_eq!(config.lowers[0].size, 4_739_584);
+        assert_eq!(config.upper, None);
+        assert_eq!(
+            config.lowers[0].local_candidates(),
+            ["overlaybd.commit", ".commit", "overlaybd.sealed"]
+                .map(|name| PathBuf::from("/snapshots/1/fs").join(name))
+        );
+        assert_eq!(config.lowers[1].local_candidates(), [PathBuf::from("/x")]);
+    }
+
+    #[test]
+    fn unknown_keys_and_nulls_are_ignored() {
+        let text = r#"{"new":[{}],"lowers":[{"file":"a","dir":null,"size":null}],"upper":null,
+            "resultFile":null,"download":null,"accelerationLayer":null}"#;
+        let config = ImageConfig::parse(text.as_bytes()).unwrap();
+        assert_eq!((config.lowers.len(), config.result_file.as_str()), (1, ""));
+    }
+
+    #[test]
+    fn wrong_configs_are_refused_with_the_place() {
+        let cases = [
+            ("", ErrorKind::InvalidConfig, "line 1 column 0"),
+            ("[]", ErrorKind::InvalidConfig, "line 1 column"),
+            (r#"{"lowers":[["a"]]}"#, ErrorKind::InvalidConfig, "an object in lowers"),
+            (r#"{"upper":["a","b"]}"#, ErrorKind::InvalidConfig, "an object in upper"),
+            (r#"{"lowers":7}"#, ErrorKind::InvalidConfig, "line 1 column 11"),
+            (r#"{"lowers":[{"size":-1}]}"#, ErrorKind::InvalidConfig, "line 1 column"),
+            (r#"{"lowers":[]}"#, ErrorKind::InvalidConfig, "neither lowers nor an upper"),
+            (r#"{"upper":{"data":"d"}}"#, ErrorKind::InvalidConfig, "it has no index"),
+            (r#"{"upper":{"index":"i"}}"#, ErrorKind::InvalidConfig, "it has no data"),
+            (
+                r#"{"lowers":[{"file":"a"},{"targetFile":"t"}]}"#,
+                ErrorKind::Unsupported,
+                "layer 1 has targetFile: TurboOCI",
+            ),
+            (r#"{"lowers":[{"gzipIndex":"t"}]}"#, ErrorKind::Unsupported, "TurboOCI"),
+            (r#"{"upper":{"target":"t"}}"#, ErrorKind::Unsupported, "the upper has target"),
+            (
+                r#"{"lowers":[{"file":"a"}],"accelerationLayer":true,"recordTracePath":"r"}"#,
+                ErrorKind::InvalidConfig,
+                "exclude each other",
+            ),
+            (
+                r#"{"lowers":[{"file":"a"}],"accelerationLayer":true}"#,
+                ErrorKind::InvalidConfig,
+                "neither",
+            ),
+        ];
+        for (text, kind, wanted) in cases {
+            let error = ImageConfig::parse(text.as_bytes()).unwrap_err();
+            assert_eq!(error.kind(), kind, "{text}: {error}");
+            assert!(error.to_string().contains(wanted), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn more_layers_than_the_stack_can_have_are_refused() {
+        let text = |count: usize| {
+            let lowers = vec![r#"{"file":"a"}"#; count].join(",");
+            format!(r#"{{"lowers":[{lowers}]}}"#)
+        };
+        assert!(ImageConfig::parse(text(255).as_bytes()).is_ok());
+        let error = ImageConfig::parse(text(256).as_bytes()).unwrap_err();
+        assert!(error.to_string().contains("found 256 layers, expected at most 255"), "{error}");
+    }
+
+    #[test]
+    fn the_trace_layer_is_no_part_of_the_stack() {
+        let text = r#"{"lowers":[{"file":"a"},{"file":"trace"}],"accelerationLayer":true}"#;
+        let config = ImageConfig::parse(text.as_bytes()).unwrap();
+        assert_eq!(config.stack_lowers().len(), 1);
+        assert_eq!(config.stack_lowers()[0].file, "a");
+    }
+
+    #[test]
+    fn the_result_file_is_found_in_an_otherwise_invalid_config() {
+        let cases: [(&str, Option<&str>); 5] = [
+            (r#"{"resultFile":"/r","lowers":7}"#, Some("/r")),
+            (r#"{"resultFile":""}"#, None),
+            (r#"{"resultFile":7}"#, None),
+            (r#"{"resultFile":"/r""#, None),
+            ("[]", None),
+        ];
+        for (text, found) in cases {
+            assert_eq!(result_file_of(text.as_bytes()).as_deref(), found, "{text}");
+        }
+    }
+
+    #[test]
+    fn an_empty_service_config_has_the_references_defaults() {
+        let config = ServiceConfig::parse(b"{}").unwrap();
+        assert_eq!(config, ServiceConfig::default());
+        assert_eq!((config.download.delay, config.prefetch_config.concurrency), (300, 16));
+        assert_eq!(config.cache_config.refill_size, 262_144);
+    }
+
+    #[test]
+    fn a_service_config_is_read_and_checked() {
+        let text = r#"{"logConfig":{"logLevel":1},"ioEngine":1,"download":{"enable":true,
+            "maxMBps":7},"p2pConfig":{"enable":true,"address":"http://p"}}"#;
+        let config = ServiceConfig::parse(text.as_bytes()).unwrap();
+        assert_eq!(
+            (config.io_engine, config.download.max_mbps, config.download.delay),
+            (1, 7, 300)
+        );
+        let error = ServiceConfig::parse(br#"{"ioEngine":3}"#).unwrap_err();
+        assert!(error.to_string().contains("ioEngine: found 3"), "{error}");
+    }
+}
