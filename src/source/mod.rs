@@ -6,9 +6,11 @@
 //! decoder sees, even while somebody rewrites the file.
 
 mod file;
+mod holes;
 mod mmap;
 
 pub use file::open_regular;
+pub use holes::data_extents;
 pub use mmap::MappedFile;
 
 use crate::error::{Error, ErrorKind, Result};
