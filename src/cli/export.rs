@@ -1,0 +1,38 @@
+//! `export`: the flattened disk as a raw file or stream.
+
+use super::output::{OutputFile, with_progress};
+use crate::error::{Error, Result};
+use crate::image::Image;
+use clap::Parser;
+use std::path::PathBuf;
+
+/// Write the whole disk that a config describes, flattened and raw
+#[derive(Debug, Parser)]
+pub struct Args {
+    /// The image's config.v1.json
+    config: PathBuf,
+    /// Output file, sparse where the disk is zero; `-` is stdout
+    #[arg(short, long, default_value = "-")]
+    output: PathBuf,
+    /// Host-wide settings [default: /etc/overlaybd/overlaybd.json, which may be absent]
+    #[arg(long, value_name = "FILE")]
+    service_config: Option<PathBuf>,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let image = Image::open_config(&args.config, args.service_config.as_deref())?;
+    let total = image.virtual_bytes();
+    if args.output.as_os_str() == "-" {
+        let mut out = std::io::stdout().lock();
+        return with_progress(total, |progress| image.export_to_stream(&mut out, progress));
+    }
+    let output = OutputFile::create(&args.output)?;
+    if output.is_new() {
+        let grown = output.file().set_len(total);
+        grown.map_err(|error| Error::io(format!("grow {}", args.output.display()), &error))?;
+    }
+    with_progress(total, |progress| {
+        image.export_to_file(output.file(), output.is_new(), progress)
+    })?;
+    output.commit()
+}
