@@ -1,0 +1,24 @@
+#!/usr/bin/env python3
+"""Medians and spreads of `benches/fio.sh`: lines `CASE WHO IOPS CPU_US_PER_IO`."""
+
+import statistics
+import sys
+
+rounds = {}
+for line in open(sys.argv[1]):
+    case, who, iops, cpu = line.split()
+    rounds.setdefault(case, {}).setdefault(who, []).append((float(iops), float(cpu)))
+
+print("| case | who | IOPS median (min..max) | server CPU us/IO | ratio to rublk loop |")
+print("|---|---|---|---|---|")
+for case, by_who in rounds.items():
+    peer = [iops for iops, _ in by_who["rublk-loop"]]
+    for who, values in by_who.items():
+        iops = [value for value, _ in values]
+        ratios = sorted(ours / theirs for ours, theirs in zip(iops, peer))
+        ratio = statistics.median(ratios)
+        cpu = statistics.median(value for _, value in values)
+        print(
+            f"| {case} | {who} | {statistics.median(iops):.0f} ({min(iops):.0f}..{max(iops):.0f})"
+            f" | {cpu:.1f} | {ratio:.2f} ({ratios[0]:.2f}..{ratios[-1]:.2f}) |"
+        )

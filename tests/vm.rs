@@ -1,0 +1,124 @@
+//! The device in a real kernel: prepares images on the host, boots a guest, runs `vm/suite.sh`.
+//!
+//! Needs `tools/vm` to work, so it is ignored by a plain `cargo test`; `tools/test` runs it:
+//! `OBD_UBLK_VM_KERNEL=6.12 cargo test --release --test vm -- --ignored`. `OBD_UBLK_VM_CHECKS`
+//! names single checks, or `smoke`. Release binaries of the crate must exist (feature `tools`).
+
+mod common;
+
+use common::golden::{Case, Golden};
+use obd_ublk::image::Image;
+use serde_json::json;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::AtomicU64;
+
+/// Cases whose virtual disk is read in the guest: all but the ones that only repeat another.
+fn is_disk(case: &Case) -> bool {
+    let other = ["zfile(plain)", "corrupt", "turboOCI", "prefetch-trace"];
+    !other.contains(&case.kind.as_str())
+}
+
+/// Copies a case's files into `folder` and writes its config and pack.
+fn prepare(golden: &Golden, case: &Case, folder: &Path) {
+    let files = golden.materialise(case);
+    fs::create_dir_all(folder).unwrap();
+    let keep = |file: &String| {
+        let target = folder.join(file.replace('/', "-"));
+        // Keeps holes: they carry meaning in a sparse upper.
+        let status = Command::new("cp")
+            .arg("--sparse=always")
+            .args([files.path(file), target.clone()])
+            .status()
+            .unwrap();
+        assert!(status.success());
+        target
+    };
+    let layers: Vec<PathBuf> = case.layers().iter().map(keep).collect();
+    if let [only] = &layers[..] {
+        fs::hard_link(only, folder.join("layer")).unwrap();
+    }
+    let lowers: Vec<_> = layers.iter().map(|path| json!({ "file": path })).collect();
+    let upper = case.upper().map_or_else(
+        || json!({}),
+        |upper| json!({ "data": keep(&upper.data), "index": keep(&upper.index) }),
+    );
+    let config = json!({ "repoBlobUrl": "", "lowers": lowers, "upper": upper, "resultFile": "" });
+    fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    pack(&files.config(case), folder);
+}
+
+/// What the device must hold, from our own `export` on the host (which the golden tests compare
+/// with the reference's digest).
+fn pack(config: &Path, folder: &Path) {
+    let image = Image::open_config(config, None).unwrap();
+    let raw = folder.join("raw");
+    let file = File::options().create(true).truncate(true).write(true).open(&raw).unwrap();
+    file.set_len(image.virtual_bytes()).unwrap();
+    image.export_to_file(&file, true, &AtomicU64::new(0)).unwrap();
+    let status = Command::new(binaries().join("obd-ublk-device-check"))
+        .arg("pack")
+        .args([&raw, &folder.join("pack")])
+        .status()
+        .unwrap();
+    assert!(status.success());
+    fs::remove_file(raw).unwrap();
+}
+
+/// The files of an ext4 stack, for `sha256sum -c`, and what must not be there.
+fn prepare_ext4(golden: &Golden, case: &Case, folder: &Path) {
+    prepare(golden, case, folder);
+    let list = |name: &str| case.rest.get(name).cloned().unwrap_or_default();
+    let sums: String = list("file_contents_sha256")
+        .as_object()
+        .into_iter()
+        .flatten()
+        .map(|(path, sum)| format!("{}  .{path}\n", sum.as_str().unwrap()))
+        .collect();
+    let gone: String = list("whiteouts")
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|path| format!("{}\n", path.as_str().unwrap()))
+        .collect();
+    fs::write(folder.join("sums"), sums).unwrap();
+    fs::write(folder.join("gone"), gone).unwrap();
+}
+
+/// Where cargo put the binaries of this run.
+fn binaries() -> PathBuf {
+    Path::new(env!("CARGO_BIN_EXE_obd-ublk")).parent().unwrap().to_owned()
+}
+
+#[test]
+#[ignore = "boots a virtual machine; tools/test runs it"]
+fn the_device_is_right_in_a_real_kernel() {
+    let kernel = std::env::var("OBD_UBLK_VM_KERNEL").unwrap_or_else(|_| "6.12".to_owned());
+    let checks = std::env::var("OBD_UBLK_VM_CHECKS").unwrap_or_default();
+    let golden = Golden::load();
+    // Not in /tmp: the guest has its own there.
+    let shared = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    for case in golden.cases().iter().filter(|case| is_disk(case)) {
+        prepare(&golden, case, &shared.path().join("cases").join(&case.name));
+        if case.kind == "ext4-stack" {
+            prepare_ext4(&golden, case, &shared.path().join("ext4").join(&case.name));
+        }
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let suite = root.join("tests/vm/suite.sh");
+    let status = Command::new(root.join("tools/vm"))
+        .env("OBD_UBLK_BIN_DIR", binaries())
+        .args(["--kernel", &kernel, "--timeout", "1500"])
+        .arg("--share")
+        .arg(shared.path())
+        .arg("--share")
+        .arg(suite.parent().unwrap())
+        .args(["--", "bash"])
+        .arg(&suite)
+        .arg(shared.path())
+        .args(checks.split_whitespace())
+        .status()
+        .unwrap();
+    assert!(status.success(), "on kernel {kernel}: {status}");
+}

@@ -1,0 +1,336 @@
+#!/usr/bin/env bash
+# The device, proved in a real kernel. Runs as root inside the virtual machine, started by
+# tests/vm.rs with the folder that it prepared:
+#
+#   suite.sh FOLDER [CHECK...]
+#
+#   FOLDER/cases/NAME/config.json    image configs with absolute paths
+#   FOLDER/cases/NAME/pack           what the device must hold (see tools/device-check.rs)
+#   FOLDER/ext4/N/{config.json,sums,gone}   ext4 stacks, their files' sha256, their whiteouts
+#
+# Prints one line per check, `ok NAME` or `FAIL NAME: why`, and exits with the number of failures.
+set -u
+folder=$1
+shift
+failures=0
+
+# A check runs in a subshell with `set -e`, its output kept for the case that it fails.
+check() {
+    local name=$1 start=$SECONDS
+    if [ ${#wanted[@]} -gt 0 ] && ! [[ " ${wanted[*]} " = *" $name "* ]]; then
+        return
+    fi
+    # Not as the condition of an `if`: there `set -e` would mean nothing.
+    (set -e; "$name") >/tmp/check.log 2>&1
+    local status=$?
+    if [ $status -eq 0 ]; then
+        echo "ok $name ($((SECONDS - start)) s)"
+    else
+        echo "FAIL $name: $(tail -n 5 /tmp/check.log | tr '\n' ' ')"
+        failures=$((failures + 1))
+        sed 's/^/    /' /tmp/check.log
+        for log in /run/obd-ublk/*/log; do
+            [ -e "$log" ] && tail -n 5 "$log" | sed "s|^|    $log: |"
+        done
+        clean_up
+    fi
+}
+
+# Whatever a failed check left, so that the next one starts from nothing.
+clean_up() {
+    pkill -9 fio
+    for dir in /mnt/*; do umount -l "$dir" 2>/dev/null; done
+    pkill -9 -f 'obd-ublk.*serve' ; sleep 0.5
+    for node in /sys/class/ublk-char/ublkc*; do
+        [ -e "$node" ] && timeout 20 obd-ublk detach "${node##*ublkc}"
+    done
+} >/dev/null 2>&1
+
+fail() {
+    echo "$*"
+    return 1
+}
+
+# Runs a command that must exit with the given status.
+expect_status() {
+    local wanted_status=$1 status=0
+    shift
+    "$@" || status=$?
+    [ "$status" -eq "$wanted_status" ] || fail "exit $status, expected $wanted_status: $*"
+}
+
+number_of() {
+    echo "${1#/dev/ublkb}"
+}
+
+nothing_left() {
+    local left
+    left=$(ls /sys/class/ublk-char 2>/dev/null)
+    [ -z "$left" ] || fail "devices left: $left"
+    left=$(find /dev -maxdepth 1 -name 'ublk[bc][0-9]*')
+    [ -z "$left" ] || fail "nodes left: $left"
+    left=$(pgrep -a obd-ublk || true)
+    [ -z "$left" ] || fail "processes left: $left"
+    left=$(find /run/obd-ublk /run/ublksrvd -mindepth 1 2>/dev/null | grep -v '/run/obd-ublk/lock' || true)
+    [ -z "$left" ] || fail "files left: $left"
+}
+
+a_config=$folder/cases/stack8/config.json
+
+# --- the checks ------------------------------------------------------------------------------
+
+doctor_says_that_attach_works_here() {
+    obd-ublk doctor
+}
+
+every_golden_image_reads_as_its_export() {
+    local dir dev
+    for dir in "$folder"/cases/*/; do
+        dev=$(obd-ublk attach --read-only "$dir/config.json")
+        [[ $dev =~ ^/dev/ublkb[0-9]+$ ]] || fail "printed '$dev'"
+        [ "$(blockdev --getro "$dev")" = 1 ] || fail "$dev is not read-only"
+        obd-ublk-device-check check "$dev" "$dir/pack" || fail "$dir"
+        obd-ublk detach "$dev"
+    done
+    nothing_left
+}
+
+a_device_claims_no_volatile_cache_and_no_discard() {
+    local dev queue
+    dev=$(obd-ublk attach "$a_config")
+    queue=/sys/block/${dev#/dev/}/queue
+    [ "$(cat "$queue/write_cache")" = "write through" ] || fail "write cache"
+    [ "$(cat "$queue/discard_max_bytes")" = 0 ] || fail "discard"
+    [ "$(cat "$queue/logical_block_size")" = 512 ] || fail "logical block size"
+    ! dd if=/dev/zero of="$dev" bs=4096 count=1 oflag=direct || fail "a write went through"
+    obd-ublk detach "$dev"
+}
+
+ext4_stacks_mount_and_their_files_are_right() {
+    local dir dev
+    for dir in "$folder"/ext4/*/; do
+        dev=$(obd-ublk attach "$dir/config.json")
+        mkdir -p /mnt/image
+        mount -t ext4 -o ro "$dev" /mnt/image
+        [ ! -s "$dir/sums" ] || (cd /mnt/image && sha256sum --quiet -c "$dir/sums")
+        while read -r gone; do
+            [ ! -e "/mnt/image$gone" ] || fail "$gone should be gone"
+        done <"$dir/gone"
+        find /mnt/image -type f -exec cat {} + >/dev/null
+        expect_status 12 obd-ublk detach "$dev"
+        cat /mnt/image/etc/* >/dev/null 2>&1 || true
+        umount /mnt/image
+        obd-ublk detach "$dev"
+    done
+    nothing_left
+}
+
+the_caller_gets_one_line_and_is_not_held() {
+    local out id
+    # The whole output, captured: a server that kept the pipe open would hang this.
+    out=$(timeout 30 obd-ublk attach "$a_config" 2>&1)
+    [[ $out =~ ^/dev/ublkb[0-9]+$ ]] || fail "printed '$out'"
+    dd if="$out" of=/dev/null bs=4096 count=1 iflag=direct
+    obd-ublk detach "$out"
+    out=$(obd-ublk attach --id 7 "$a_config")
+    [ "$out" = /dev/ublkb7 ] || fail "asked for 7, got $out"
+    expect_status 12 obd-ublk attach --id 7 "$a_config" || expect_status 11 obd-ublk attach --id 7 "$a_config"
+    id=$(number_of "$out")
+    obd-ublk detach "$id"
+    nothing_left
+}
+
+the_result_file_tells_success_and_failure() {
+    local dev
+    sed 's|"resultFile":""|"resultFile":"/tmp/result"|' "$a_config" >/tmp/result.json
+    dev=$(obd-ublk attach /tmp/result.json)
+    [ "$(cat /tmp/result)" = success ] || fail "found '$(cat /tmp/result)'"
+    obd-ublk detach "$dev"
+    echo '{"lowers":[{"file":"/nowhere"}],"resultFile":"/tmp/result"}' >/tmp/bad.json
+    expect_status 6 obd-ublk attach /tmp/bad.json
+    [[ $(cat /tmp/result) = failed:* ]] || fail "found '$(cat /tmp/result)'"
+    nothing_left
+}
+
+a_device_is_named_by_number_path_or_config() {
+    local one two
+    one=$(obd-ublk attach "$a_config")
+    obd-ublk detach "$a_config"
+    one=$(obd-ublk attach "$a_config")
+    two=$(obd-ublk attach "$a_config")
+    ! obd-ublk detach "$a_config" || fail "an ambiguous config was taken"
+    obd-ublk detach "$one"
+    obd-ublk detach "$(number_of "$two")"
+    expect_status 6 obd-ublk detach 99
+    nothing_left
+}
+
+facts_are_printed_as_json() {
+    local dev
+    dev=$(obd-ublk attach "$a_config")
+    obd-ublk list --json | python3 -c 'import json,sys; assert len(json.load(sys.stdin)["devices"]) == 1'
+    dd if="$dev" of=/dev/null bs=4096 count=64 iflag=direct
+    obd-ublk stat "$dev" --json | python3 -c 'import json,sys; json.load(sys.stdin)'
+    obd-ublk list | grep -q "$dev"
+    obd-ublk stat "$dev"
+    obd-ublk doctor --json | python3 -c 'import json,sys; json.load(sys.stdin)'
+    obd-ublk version --json | python3 -c 'import json,sys; json.load(sys.stdin)'
+    obd-ublk detach "$dev"
+}
+
+parallel_readers_meet_no_error() {
+    local dev
+    dev=$(obd-ublk attach "$folder/cases/ext4-3layers-3/config.json")
+    for direct in 0 1; do
+        fio --name=readers --filename="$dev" --readonly --rw=randread --bs=4k --direct=$direct \
+            --ioengine=io_uring --iodepth=32 --numjobs=4 --size=64m --io_size=24m \
+            --group_reporting --output=/tmp/fio.log
+    done
+    fio --name=seq --filename="$dev" --readonly --rw=read --bs=1m --direct=1 --ioengine=io_uring \
+        --iodepth=4 --size=128m --output=/tmp/fio.log
+    obd-ublk detach "$dev"
+}
+
+an_open_close_storm_is_survived() {
+    local dev
+    dev=$(obd-ublk attach "$a_config")
+    obd-ublk-device-check storm "$dev" 2000
+    obd-ublk detach "$dev"
+    nothing_left
+}
+
+detach_under_load_ends_soon() {
+    local dev start
+    for round in 1 2 3; do
+        dev=$(obd-ublk attach "$a_config")
+        fio --name=load --filename="$dev" --readonly --rw=randread --bs=4k --direct=1 \
+            --ioengine=io_uring --iodepth=32 --numjobs=2 --size=16m --time_based --runtime=60 \
+            --output=/tmp/fio.log >/dev/null 2>&1 &
+        sleep 2
+        start=$SECONDS
+        timeout 30 obd-ublk detach "$dev"
+        [ $((SECONDS - start)) -le 15 ] || fail "round $round took $((SECONDS - start)) s"
+        wait || true
+    done
+    nothing_left
+}
+
+a_hundred_attaches_and_detaches_leave_nothing() {
+    local dev
+    for _ in $(seq 100); do
+        dev=$(obd-ublk attach "$a_config")
+        dd if="$dev" of=/dev/null bs=4096 count=1 iflag=direct 2>/dev/null
+        obd-ublk detach "$dev"
+    done
+    nothing_left
+}
+
+sixty_four_devices_live_at_once() {
+    local dev
+    for _ in $(seq 64); do
+        obd-ublk attach --queues 1 --depth 16 "$a_config" >>/tmp/devices
+    done
+    [ "$(sort -u /tmp/devices | wc -l)" = 64 ] || fail "not 64 different devices"
+    [ "$(obd-ublk list --json | python3 -c 'import json,sys; print(len(json.load(sys.stdin)["devices"]))')" = 64 ]
+    while read -r dev; do
+        dd if="$dev" of=/dev/null bs=64k count=4 iflag=direct 2>/dev/null || fail "$dev"
+    done </tmp/devices
+    while read -r dev; do
+        obd-ublk detach "$dev" || fail "$dev"
+    done </tmp/devices
+    nothing_left
+}
+
+server_pid() {
+    obd-ublk list --json | python3 -c '
+import json,sys
+for device in json.load(sys.stdin)["devices"]:
+    if device["device"] == sys.argv[1]: print(device["pid"])' "$1"
+}
+
+a_killed_server_is_cleared_by_detach_or_the_next_attach() {
+    local dev pid
+    for way in detach attach; do
+        dev=$(obd-ublk attach --id 5 "$a_config")
+        pid=$(server_pid "$dev")
+        [ -n "$pid" ] || fail "no pid for $dev"
+        kill -9 "$pid"
+        sleep 1
+        if [ "$way" = detach ]; then
+            timeout 60 obd-ublk detach 5
+        else
+            dev=$(timeout 60 obd-ublk attach --id 5 "$a_config")
+            [ "$dev" = /dev/ublkb5 ] || fail "the id was not free: $dev"
+            timeout 60 obd-ublk detach "$dev"
+        fi
+        nothing_left
+    done
+    # Killed with reads in flight.
+    dev=$(obd-ublk attach "$a_config")
+    fio --name=load --filename="$dev" --readonly --rw=randread --bs=4k --direct=1 \
+        --ioengine=io_uring --iodepth=32 --size=16m --time_based --runtime=30 \
+        --output=/tmp/fio.log >/dev/null 2>&1 &
+    sleep 2
+    kill -9 "$(server_pid "$dev")"
+    sleep 1
+    timeout 60 obd-ublk detach "$dev"
+    wait || true
+    nothing_left
+}
+
+a_truncated_layer_gives_eio_and_the_server_lives() {
+    local dev pid layer=$folder/cases/lsmt-commit-random
+    mkdir -p /tmp/truncated
+    cp "$layer/layer" /tmp/truncated/layer
+    echo '{"lowers":[{"file":"/tmp/truncated/layer"}]}' >/tmp/truncated/config.json
+    dev=$(obd-ublk attach /tmp/truncated/config.json)
+    pid=$(server_pid "$dev")
+    truncate -s 8192 /tmp/truncated/layer
+    ! dd if="$dev" of=/dev/null bs=64k iflag=direct || fail "the lost bytes were read"
+    kill -0 "$pid" || fail "the server died"
+    dd if="$dev" of=/dev/null bs=512 count=1 iflag=direct || true
+    obd-ublk stat "$dev"
+    obd-ublk detach "$dev"
+    nothing_left
+}
+
+a_foreground_server_stops_cleanly_on_sigterm() {
+    local pid
+    obd-ublk attach --foreground "$a_config" >/tmp/foreground &
+    pid=$!
+    for _ in $(seq 100); do
+        [ -s /tmp/foreground ] && break
+        sleep 0.1
+    done
+    dd if="$(cat /tmp/foreground)" of=/dev/null bs=4096 count=1 iflag=direct
+    kill -TERM $pid
+    expect_status 0 wait $pid
+    nothing_left
+}
+
+wrong_options_are_refused_and_leave_nothing() {
+    for wrong in --queues=0 --depth=0 --depth=5000 --id=-1 --id=x; do
+        expect_status 64 obd-ublk attach "$wrong" "$a_config"
+    done
+    expect_status 64 obd-ublk attach
+    expect_status 4 obd-ublk attach "$folder/cases/stack3-rw/config.json"
+    nothing_left
+}
+
+wanted=("$@")
+smoke=(doctor_says_that_attach_works_here every_golden_image_reads_as_its_export
+    a_device_claims_no_volatile_cache_and_no_discard ext4_stacks_mount_and_their_files_are_right
+    the_caller_gets_one_line_and_is_not_held parallel_readers_meet_no_error
+    detach_under_load_ends_soon a_killed_server_is_cleared_by_detach_or_the_next_attach)
+if [ "${wanted[*]}" = smoke ]; then
+    wanted=("${smoke[@]}")
+fi
+for name in "${smoke[@]}" the_result_file_tells_success_and_failure \
+    a_device_is_named_by_number_path_or_config facts_are_printed_as_json \
+    an_open_close_storm_is_survived a_hundred_attaches_and_detaches_leave_nothing \
+    sixty_four_devices_live_at_once a_truncated_layer_gives_eio_and_the_server_lives \
+    a_foreground_server_stops_cleanly_on_sigterm wrong_options_are_refused_and_leave_nothing; do
+    check "$name"
+done
+echo "$failures checks failed"
+exit "$failures"
