@@ -72,8 +72,7 @@ pub fn parse_wrapper(head: &[u8], file_bytes: u64) -> Result<Option<Wrapper>> {
                 at += records.len().next_multiple_of(BLOCK_BYTES);
             }
             b'0' | 0 | b'7' => {
-                // A pax size of 0 is what the reference leaves when it was killed while writing;
-                // it then goes by the header, and so do we.
+                // The reference goes by the header when the pax size is 0, and so do we.
                 let bytes = pax_size.filter(|bytes| *bytes > 0).unwrap_or(size);
                 return member(at, bytes, file_bytes).map(Some);
             }

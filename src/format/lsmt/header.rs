@@ -15,7 +15,7 @@ use super::Fields;
 use super::segment::SegmentMapping;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{SEALED_INDEX_ENTRIES_MAX, VIRTUAL_SECTORS_MAX};
-use crate::units::{SECTOR_SIZE, bytes_to_sectors, to_u64};
+use crate::units::{SECTOR_SIZE, bytes_to_sectors, to_u64, whole_sectors};
 
 /// Space that a header or a trailer takes on disk.
 pub const HEADER_BYTES: u64 = 4096;
@@ -27,7 +27,7 @@ pub const HEADER_STRUCT_BYTES: usize = 390;
 pub const USER_TAG_BYTES: usize = 256;
 
 /// First sector of a layer's file that can hold data.
-pub const DATA_START_SECTOR: u64 = HEADER_BYTES / SECTOR_SIZE;
+pub const DATA_START_SECTOR: u64 = whole_sectors(HEADER_BYTES);
 
 /// The version we write, and the newest that we read.
 pub const VERSION: u8 = 1;
@@ -367,7 +367,7 @@ impl SealedIndex {
     /// First sector of the file that is not data.
     #[must_use]
     pub const fn data_end_sector(&self) -> u64 {
-        self.offset_bytes / SECTOR_SIZE
+        whole_sectors(self.offset_bytes)
     }
 }
 

@@ -7,11 +7,11 @@
 //!   writable sparse   | header 4096 | the virtual disk itself, holes where nothing was written |
 //! ```
 //!
-//! `image::open` reads the header and the trailer of each layer, asks [`header`] where the index
-//! lies, reads those bytes and hands them to [`index`]; `commit` and the writable upper encode
-//! with the same types. The answer is a list of [`segment::SegmentMapping`]: which sectors of the
-//! virtual disk lie where in this file. Nothing here reads a file, and nothing runs per request:
-//! this code is on the attach path only, at a few nanoseconds per entry.
+//! `image::open` reads the header and the trailer of each layer, asks `header` where the index
+//! lies, reads those bytes and hands them to `index`; `commit` and the writable upper encode
+//! with the same types. The answer is a list of [`SegmentMapping`]: which sectors of the
+//! virtual disk lie where in this file. Nothing here reads a file, and nothing but the
+//! encoding of one entry runs per request: parsing is on the attach path only.
 //!
 //! LSMT carries no checksum. What a flipped bit cannot be caught by is caught, where possible, by
 //! contradiction: order, bounds, flags. `format-spec/lsmt.md` tells the format.
@@ -22,8 +22,9 @@ mod segment;
 mod writer;
 
 pub use header::{
-    Flags, HEADER_BYTES, HEADER_STRUCT_BYTES, Header, SealedIndex, UuidText, WritablePair,
-    check_writable_pair, has_magic, locate_sealed_index,
+    DATA_START_SECTOR, Flags, HEADER_BYTES, HEADER_STRUCT_BYTES, Header, SUB_VERSION, SealedIndex,
+    USER_TAG_BYTES, UuidText, VERSION, WritablePair, check_writable_pair, has_magic,
+    locate_sealed_index,
 };
 pub use index::{
     encode_committed_index, encode_index, encode_sealed_index, parse_sealed_index,

@@ -93,7 +93,9 @@ fn a_range_ends_below_the_sign_bit() {
 proptest! {
     #[test]
     fn a_trace_survives_a_round_trip(
-        records in prop::collection::vec((any::<bool>(), any::<u32>(), 0..1_u64 << 62, 0..1_u64 << 62), 0..20)
+        records in prop::collection::vec(
+            (any::<bool>(), any::<u32>(), 0..1_u64 << 62, 0..1_u64 << 62), 0..20,
+        )
     ) {
         let records = records.into_iter().map(|(read, layer_index, bytes, offset_bytes)| Record {
             op: if read { Op::Read } else { Op::Write }, layer_index, bytes, offset_bytes,

@@ -206,7 +206,9 @@ fn a_uuid_has_one_shape_and_prints_without_its_nul() {
 
 proptest! {
     #[test]
-    fn any_390_bytes_behind_the_magic_survive_a_round_trip(tail in prop::collection::vec(any::<u8>(), 366)) {
+    fn any_390_bytes_with_the_magic_survive_a_round_trip(
+        tail in prop::collection::vec(any::<u8>(), 366),
+    ) {
         let mut bytes = MAGIC.to_vec();
         bytes.extend(&tail);
         bytes[132] &= 1;
