@@ -10,7 +10,7 @@
 //!
 //! A read walks down once: the front end asks a [`disk::Disk`]; the image asks the merged
 //! [`map`] which layer holds each sector; a layer's bytes come from a [`source`] (a mapped file),
-//! through the zfile codec in [`format`] where the layer is compressed, straight into the
+//! through the zfile codec in [`mod@format`] where the layer is compressed, straight into the
 //! request's buffer. `format` and `map` are pure. `tests/tidy.rs` enforces who may import whom.
 
 pub mod disk;

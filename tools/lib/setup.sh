@@ -48,7 +48,8 @@ setup_missing() {
 }
 
 # A C compiler for lz4 and zstd; libclang with its headers, because libublk's bindings are made by
-# bindgen at build time; git, because the tidy test asks it what is tracked.
+# bindgen at build time; git, because the tidy test asks it what is tracked. LIBCLANG_PATH is left
+# alone: libclang is found without it, and a changed value would rebuild the bindings.
 setup_build_packages() {
     setup_missing gcc=cc libc6-dev=/usr/include/stdio.h linux-libc-dev=/usr/include/linux/errno.h \
         libclang1-14="$llvm_lib/libclang.so.1" libclang-common-14-dev="$llvm_lib/clang" \
@@ -74,7 +75,6 @@ setup_rust_is_good() {
 setup_environment() {
     PATH=$PATH:/usr/sbin:/sbin
     export PATH=$cache/tools/bin:$PATH
-    export LIBCLANG_PATH=${LIBCLANG_PATH:-$llvm_lib}
     setup_rust_is_good && return
     local before=$PATH dir
     for dir in "${CARGO_HOME:-${HOME:-/}/.cargo}/bin" /usr/bin; do
