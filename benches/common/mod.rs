@@ -27,14 +27,14 @@ impl Random {
 /// dictionary, and every few hundred bytes a run of noise.
 pub fn image_like(len: usize, seed: u64) -> Vec<u8> {
     let mut random = Random(seed | 1);
-    let words: Vec<Vec<u8>> = (0..4096)
+    let words: Vec<Vec<u8>> = (0..512)
         .map(|_| (0..4 + random.below(12)).map(|_| random.next().to_le_bytes()[3]).collect())
         .collect();
     let mut bytes = Vec::with_capacity(len + 64);
     while bytes.len() < len {
-        let skewed = random.below(64) * random.below(64);
+        let skewed = random.below(8) * random.below(8) * random.below(9);
         bytes.extend_from_slice(&words[usize::try_from(skewed).unwrap()]);
-        if random.below(24) == 0 {
+        if random.below(40) == 0 {
             bytes.extend((0..48).map(|_| random.next().to_le_bytes()[5]));
         }
     }

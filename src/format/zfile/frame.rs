@@ -17,6 +17,16 @@ pub const fn compressed_bytes_bound(algorithm: Algorithm, block_bytes: u32) -> u
     }
 }
 
+/// The record of a 4 KiB block of zeros as every lz4 writer makes it, its checksum included: nine of
+/// ten blocks of a typical base layer, because the reference's commit keeps zeros as data.
+const ZERO_BLOCK_LZ4: [u8; 30] = [
+    0x1f, 0x00, 0x01, 0x00, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff,
+    0xff, 0xff, 0xff, 0xf6, 0x50, 0x00, 0x00, 0x00, 0x00, 0x00, 0x24, 0x17, 0x91, 0xb4,
+];
+
+/// Bytes of that block.
+const ZERO_BLOCK_BYTES: usize = 4096;
+
 /// A thread's decoder of one algorithm. Its context is made once; decoding allocates nothing.
 pub struct Decoder(Codec);
 
@@ -54,12 +64,25 @@ impl Decoder {
     /// The content of `dst` is then unspecified.
     #[inline]
     pub fn decode(&mut self, record: &[u8], has_crc: bool, dst: &mut [u8]) -> Result<()> {
+        if self.is_zero_block(record, has_crc, dst.len()) {
+            dst.fill(0);
+            return Ok(());
+        }
         let body = checked_body(record, has_crc)?;
         let decoded = match &mut self.0 {
             Codec::Lz4 => lzzzz::lz4::decompress(body, dst).ok(),
             Codec::Zstd(context) => context.decompress_to_buffer(body, dst).ok(),
         };
         if decoded == Some(dst.len()) { Ok(()) } else { Err(undecodable(decoded, dst.len())) }
+    }
+
+    /// Comparing 30 bytes, the checksum among them, proves the answer.
+    #[inline]
+    fn is_zero_block(&self, record: &[u8], has_crc: bool, block_bytes: usize) -> bool {
+        has_crc
+            && block_bytes == ZERO_BLOCK_BYTES
+            && record == ZERO_BLOCK_LZ4
+            && matches!(self.0, Codec::Lz4)
     }
 
     /// As [`Decoder::decode`], for the first `dst.len()` of a block of `original_bytes`. The CRC
@@ -123,4 +146,33 @@ fn undecodable(decoded: Option<usize>, expected: usize) -> Error {
     let found = decoded.map_or("no valid stream".to_owned(), |bytes| format!("{bytes} bytes"));
     let message = format!("zfile block: decodes to {found}, expected {expected} bytes");
     Error::new(ErrorKind::Corrupt, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_record_of_a_block_of_zeros_is_what_the_codec_makes_and_decodes() {
+        let mut body = vec![0; 5000];
+        let zeros = [0; ZERO_BLOCK_BYTES];
+        let level = lzzzz::lz4::ACC_LEVEL_DEFAULT;
+        let len = lzzzz::lz4::compress(&zeros, &mut body, level).unwrap();
+        body.truncate(len);
+        let crc = crc32c_raw(BLOCK_SEED, &body);
+        body.extend_from_slice(&crc.to_le_bytes());
+        assert_eq!(body, ZERO_BLOCK_LZ4);
+        let mut block = [1; ZERO_BLOCK_BYTES];
+        Decoder::new(Algorithm::Lz4).unwrap().decode(&ZERO_BLOCK_LZ4, true, &mut block).unwrap();
+        assert_eq!(block, zeros);
+    }
+
+    #[test]
+    fn the_record_of_zeros_means_nothing_for_another_size_or_codec() {
+        for (algorithm, bytes) in [(Algorithm::Lz4, 8192), (Algorithm::Zstd, 4096)] {
+            let mut decoder = Decoder::new(algorithm).unwrap();
+            let decoded = decoder.decode(&ZERO_BLOCK_LZ4, true, &mut vec![0; bytes]);
+            assert_eq!(decoded.unwrap_err().kind(), ErrorKind::Corrupt, "{algorithm:?} {bytes}");
+        }
+    }
 }
