@@ -1,8 +1,8 @@
 //! One open disk: its layers, their merged map, and how a request becomes bytes.
 //!
 //! ```text
-//!   config ──open──> Stack (layers with their indexes) ──merge──> Image (payloads + flat map)
-//!                                                                   │ worker()
+//!   config --open--> Stack (layers with their indexes) --merge--> Image (payloads + flat map)
+//!                                                                   | worker()
 //!                                                                 Reader, one per thread
 //! ```
 //!

@@ -1,7 +1,7 @@
 //! A layer's content behind its wrapping: the bytes of the LSMT file, wherever they lie.
 //!
 //! ```text
-//!   file ──> [tar wrapper] ──> [zfile] ──> LSMT file
+//!   file --> [tar wrapper] --> [zfile] --> LSMT file
 //! ```
 //!
 //! Every layer is probed in this order, whatever its name says; each wrapping is optional.

@@ -1,7 +1,7 @@
 //! Addresses: which layer holds each sector of the virtual disk.
 //!
 //! ```text
-//!   index of each layer ──> paint ──> runs (top wins, joined) ──> FlatMap ──> extents of a request
+//!   index of each layer --> paint --> runs (top wins, joined) --> FlatMap --> extents of a request
 //! ```
 //!
 //! [`paint`](paint::paint) runs once, at open; it costs O(n log n) in the index entries of all

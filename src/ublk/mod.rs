@@ -1,9 +1,9 @@
 //! The kernel front end: one [`Disk`](crate::disk::Disk) as `/dev/ublkbN`.
 //!
 //! ```text
-//!   Device::start ── device.rs ── control.rs       commands to /dev/ublk-control, with deadlines
-//!                       │
-//!                       └── queue.rs ── answer.rs ── request.rs
+//!   Device::start -- device.rs -- control.rs       commands to /dev/ublk-control, with deadlines
+//!                       |
+//!                       +-- queue.rs -- answer.rs -- request.rs
 //!                           one thread   a request   descriptor in,
 //!                           per queue    is served   answer out
 //! ```

@@ -1,6 +1,6 @@
 //! The loop of one queue thread: take every request that is there, serve it, answer all at once.
 //!
-//! The thread owns its ring, its tags' buffers and its [`Worker`](crate::disk::Worker). A request is served to its end
+//! The thread owns its ring, its tags' buffers and its worker. A request is served to its end
 //! in the callback (a read fills the tag's buffer in place) and its answer is only queued; the
 //! next `io_uring_enter` hands in the answers of the whole batch and waits for more. So a batch
 //! of N requests costs one system call, and a read that hits allocates nothing and takes no lock.

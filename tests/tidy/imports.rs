@@ -52,7 +52,7 @@ const TABLE: &[Row] = &[
     Row {
         module: "image",
         inside: &["units", "limits", "error", "disk", "format", "map", "source", "telemetry"],
-        outside: &["libc", "nix", "serde_json", "tracing"],
+        outside: &["libc", "nix", "serde_json", "sha2", "tracing"],
         pure: false,
     },
     // The kernel front end serves any disk and knows no image; libublk stays in this room.
@@ -89,6 +89,7 @@ const TABLE: &[Row] = &[
             "nix",
             "serde",
             "serde_json",
+            "tempfile",
             "tracing",
         ],
         pure: false,

@@ -19,7 +19,7 @@ const BANNED_MACROS: &[&str] = &["todo", "unimplemented", "dbg"];
 
 /// The only places where `unsafe` may stand: the kernel interface, the mapped files, and one
 /// file of vector instructions under `src/map/`.
-const UNSAFE_ROOMS: &[&str] = &["src/ublk/", "src/source/mmap.rs"];
+const UNSAFE_ROOMS: &[&str] = &["src/ublk/", "src/source/mmap.rs", "benches/read_random.rs"];
 
 /// How many lines above a block its SAFETY comment may start.
 const SAFETY_REACH_LINES: usize = 12;
@@ -33,7 +33,8 @@ pub(crate) fn check_text(file: &SourceFile) -> Vec<Violation> {
     }
     for (number, line) in (1..).zip(file.text.lines()) {
         let columns = line.chars().count();
-        if columns > LINE_COLUMNS_MAX {
+        // Shell has no formatter, and breaking its long words often makes them harder to read.
+        if file.path.ends_with(".rs") && columns > LINE_COLUMNS_MAX {
             let told = format!("{columns} columns, at most {LINE_COLUMNS_MAX}");
             found.push(file.violation(number, told));
         }

@@ -17,8 +17,8 @@ pub const fn compressed_bytes_bound(algorithm: Algorithm, block_bytes: u32) -> u
     }
 }
 
-/// The record of a 4 KiB block of zeros as every lz4 writer makes it, its checksum included: nine of
-/// ten blocks of a typical base layer, because the reference's commit keeps zeros as data.
+/// The record of a 4 KiB block of zeros as every lz4 writer makes it, its checksum included: nine
+/// of ten blocks of a typical base layer, because the reference's commit keeps zeros as data.
 const ZERO_BLOCK_LZ4: [u8; 30] = [
     0x1f, 0x00, 0x01, 0x00, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff,
     0xff, 0xff, 0xff, 0xf6, 0x50, 0x00, 0x00, 0x00, 0x00, 0x00, 0x24, 0x17, 0x91, 0xb4,

@@ -10,7 +10,8 @@ fuzz_target!(|data: &[u8]| {
     let block_bytes = 4096_u32 << (choice % 5);
     let algorithm = if choice & 8 == 0 { Algorithm::Lz4 } else { Algorithm::Zstd };
     let blocks = (table.len() / 4) as u64;
-    let options = WriteOptions { algorithm, block_bytes, block_crc: choice & 16 == 0, ..WriteOptions::default() };
+    let block_crc = choice & 16 == 0;
+    let options = WriteOptions { algorithm, block_bytes, block_crc, ..WriteOptions::default() };
     let Ok(file) = zfile::write(&[0; 1], &options) else { return };
     let Ok(mut header) = Header::parse(&file[..512], 0) else { return };
     header.block_count = blocks;
