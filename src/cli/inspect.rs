@@ -71,7 +71,8 @@ fn file_facts(args: &Args) -> Result<Value> {
     let mut facts = json!({ "file_bytes": source.bytes() });
     let wrapping = payload.wrapping();
     if wrapping.tar {
-        facts["tar"] = json!({ "payload_offset": wrapping.offset_bytes, "payload_bytes": wrapping.stored_bytes });
+        let (offset, bytes) = (wrapping.offset_bytes, wrapping.stored_bytes);
+        facts["tar"] = json!({ "payload_offset": offset, "payload_bytes": bytes });
     }
     if let Some(part) = payload.zfile() {
         facts["zfile"] = zfile_facts(&part.header);
