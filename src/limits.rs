@@ -52,3 +52,39 @@ pub const QUEUE_COUNT_MAX: u16 = 32;
 /// lazily, so this is address space, but each buffer may be a mapping of its own and a process has
 /// 65530 of those by default; 8192 buffers of 512 KiB are 32 queues at depth 256.
 pub const TAG_BUFFER_BYTES_MAX: u64 = 4 << 30;
+
+/// Device numbers that the driver hands out: its `UBLK_MINORS`.
+pub const DEVICE_ID_MAX: u32 = (1 << 20) - 1;
+
+/// Numbers that `attach` gives up when other programs have taken them between look and use.
+pub const DEVICE_ID_TRIES_MAX: usize = 16;
+
+/// Bytes of a state file: the config's content, indented, and a few hundred bytes of our own.
+pub const STATE_BYTES_MAX: u64 = 4 * CONFIG_BYTES_MAX;
+
+/// Bytes of one control request. The longest we send has 30.
+pub const CONTROL_REQUEST_BYTES_MAX: u64 = 4096;
+
+/// Bytes of one control reply: counters of every queue and one error text.
+pub const CONTROL_REPLY_BYTES_MAX: u64 = 256 * 1024;
+
+/// How long a control client may take to send its request or to take its reply. It is a local
+/// process with one short line to write; while it dawdles, the next client waits.
+pub const CONTROL_CLIENT_MS_MAX: u64 = 2000;
+
+/// Bytes of the line by which a server tells its starter how it went: one error text.
+pub const READY_LINE_BYTES_MAX: u64 = 64 * 1024;
+
+/// Bytes of a server's last words that a starter keeps to show them.
+pub const LAST_WORDS_BYTES_MAX: usize = 4096;
+
+/// How long `attach` waits for its server. Opening 255 local layers takes a few seconds on a cold
+/// disk, each command to the kernel has 30 s.
+pub const ATTACH_SECONDS_MAX: u64 = 180;
+
+/// How long `detach` waits unless told otherwise. A healthy device is gone within a second; the
+/// kernel waits for requests in flight.
+pub const DETACH_SECONDS_DEFAULT: u64 = 30;
+
+/// The longest wait `detach` can be told: a day.
+pub const DETACH_SECONDS_MAX: u64 = 86_400;

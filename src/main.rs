@@ -1,5 +1,5 @@
 //! The `obd-ublk` binary: arguments in, exit code out. All logic is in the library.
 
 fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+    obd_ublk::cli::main()
 }

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 /// Tell which layer, bytes and compression block a sector of the disk comes from
 #[derive(Debug, Parser)]
-pub struct Args {
+pub(crate) struct Args {
     /// The image's config.v1.json
     config: PathBuf,
     /// The sector (512 bytes) of the virtual disk; as the kernel's log prints it

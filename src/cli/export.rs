@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 /// Write the whole disk that a config describes, flattened and raw
 #[derive(Debug, Parser)]
-pub struct Args {
+pub(crate) struct Args {
     /// The image's config.v1.json
     config: PathBuf,
     /// Output file, sparse where the disk is zero; `-` is stdout

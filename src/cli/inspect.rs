@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 /// Print what a layer file, zfile, index, trace or config is and what its headers say
 #[derive(Debug, Parser)]
-pub struct Args {
+pub(crate) struct Args {
     /// The file
     file: PathBuf,
     /// List every index entry

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 /// Check every CRC and index rule of a layer file, or of all layers of a config, on all cores
 #[derive(Debug, Parser)]
-pub struct Args {
+pub(crate) struct Args {
     /// A layer file, or a config.v1.json
     #[arg(value_name = "FILE|CONFIG")]
     path: PathBuf,

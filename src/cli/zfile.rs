@@ -15,7 +15,7 @@ const PIECE_BYTES: u64 = 4 << 20;
 
 /// Decompress a zfile (raw or in a tar wrapper)
 #[derive(Debug, Parser)]
-pub struct Args {
+pub(crate) struct Args {
     /// Extract: decompress IN to OUT
     #[arg(short = 'x', long, required = true)]
     extract: bool,

@@ -1,0 +1,229 @@
+//! The server's end of the control socket.
+//!
+//! One thread takes one client after the other. A client has [`CONTROL_CLIENT_MS_MAX`] to send its
+//! line and to take its reply, so a slow one delays the others but blocks nobody. The thread
+//! decides nothing: requests about the device go to the server's own loop as events, which answers
+//! them between its other work.
+//!
+//! Only root, or whoever runs the server, is listened to.
+
+use super::protocol::{self, DeviceStat, Op, Reply};
+use super::wire;
+use crate::error::{Error, ErrorKind, Result};
+use crate::limits::{CONTROL_CLIENT_MS_MAX, CONTROL_REQUEST_BYTES_MAX};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// What the server's loop is told.
+#[derive(Debug)]
+pub(super) enum Event {
+    /// A signal asked for the end; its name.
+    Signal(&'static str),
+    /// A client asks for the end.
+    Stop(Sender<Result<()>>),
+    /// A client asks for the counters.
+    Stat(Sender<DeviceStat>),
+}
+
+const PATIENCE: Duration = Duration::from_millis(CONTROL_CLIENT_MS_MAX);
+
+/// A listening control socket and its thread.
+#[derive(Debug)]
+pub(super) struct ControlSocket {
+    path: PathBuf,
+    ending: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl ControlSocket {
+    /// Listens at `path`, which must not exist. Requests go to `events`.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub(super) fn listen(path: &Path, events: Sender<Event>) -> Result<Self> {
+        let told = |error: &std::io::Error| {
+            Error::io(format!("listen on control socket {}", path.display()), error)
+        };
+        let listener = UnixListener::bind(path).map_err(|error| told(&error))?;
+        let ending = Arc::new(AtomicBool::new(false));
+        let ending_seen = Arc::clone(&ending);
+        let thread = std::thread::Builder::new()
+            .name("control".to_owned())
+            .spawn(move || accept(&listener, &events, &ending_seen))
+            .map_err(|error| told(&error))?;
+        Ok(Self { path: path.to_owned(), ending, thread: Some(thread) })
+    }
+
+    /// Takes no more clients and returns when the last one has its reply.
+    pub(super) fn close(mut self) {
+        self.ending.store(true, Ordering::SeqCst);
+        // Wakes the thread from its wait for clients. Fails when the thread is gone, or when so
+        // many clients wait that it is awake anyway.
+        let woken = UnixStream::connect(&self.path);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+        drop(woken);
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+fn accept(listener: &UnixListener, events: &Sender<Event>, ending: &AtomicBool) {
+    while !ending.load(Ordering::SeqCst) {
+        match listener.accept() {
+            Ok((client, _)) => serve(&client, events),
+            Err(error) => {
+                tracing::warn!(%error, "control socket: accept");
+                // Out of descriptors, most likely: give somebody time to close one.
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        }
+    }
+}
+
+fn serve(client: &UnixStream, events: &Sender<Event>) {
+    if let Err(error) = check_peer(client) {
+        tracing::warn!("control socket: {error:#}");
+        return;
+    }
+    let reply = match wire::read_line(client, CONTROL_REQUEST_BYTES_MAX, PATIENCE) {
+        // Nothing was asked: a port scan, or our own waking call.
+        Err(wire::LineError::CutOff(0)) => return,
+        Err(error) => Reply::refused(&error.tell("control request")),
+        Ok(line) => match protocol::parse_request(&line).and_then(|op| ask(op, events)) {
+            Ok(reply) => reply,
+            Err(error) => Reply::refused(&error),
+        },
+    };
+    if let Err(error) = wire::write_line(client, &protocol::encode_reply(&reply), PATIENCE) {
+        tracing::debug!(%error, "control socket: the client left before its reply");
+    }
+}
+
+/// Carries a request to the server's loop and its answer back.
+fn ask(op: Op, events: &Sender<Event>) -> Result<Reply> {
+    let ending = || Error::new(ErrorKind::Canceled, "the server is ending");
+    match op {
+        Op::Ping => Ok(Reply::done()),
+        Op::Stat => {
+            let (answer, answered) = channel();
+            events.send(Event::Stat(answer)).map_err(|_| ending())?;
+            let stat = answered.recv_timeout(PATIENCE).map_err(|_| ending())?;
+            Ok(Reply::stat(stat))
+        }
+        Op::Stop => {
+            let (answer, answered) = channel();
+            events.send(Event::Stop(answer)).map_err(|_| ending())?;
+            // The loop has its own deadlines for the kernel; it always answers or goes away.
+            answered.recv().map_err(|_| ending())??;
+            Ok(Reply::done())
+        }
+    }
+}
+
+fn check_peer(client: &UnixStream) -> Result<()> {
+    let peer = getsockopt(client, PeerCredentials)
+        .map_err(|errno| Error::io("ask for the peer's credentials", &errno.into()))?;
+    let me = nix::unistd::geteuid().as_raw();
+    if peer.uid() == 0 || peer.uid() == me {
+        return Ok(());
+    }
+    let message = format!("process {} of user {} is not listened to", peer.pid(), peer.uid());
+    Err(Error::new(ErrorKind::Usage, message))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::server::client;
+    use std::io::{Read, Write};
+    use std::sync::mpsc::Receiver;
+    use std::time::Instant;
+
+    const PATIENT: Duration = Duration::from_secs(20);
+
+    fn listening() -> (tempfile::TempDir, PathBuf, ControlSocket, Receiver<Event>) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("control.sock");
+        let (events, inbox) = channel();
+        let socket = ControlSocket::listen(&path, events).unwrap();
+        (folder, path, socket, inbox)
+    }
+
+    /// Sends raw bytes, returns what came back.
+    fn raw(path: &Path, bytes: &[u8], close: bool) -> String {
+        let mut stream = UnixStream::connect(path).unwrap();
+        // The server may have closed on us already: an oversized request is not read to its end.
+        let _ = stream.write_all(bytes);
+        if close {
+            stream.shutdown(std::net::Shutdown::Write).unwrap();
+        }
+        let mut reply = Vec::new();
+        let _ = stream.read_to_end(&mut reply);
+        String::from_utf8(reply).unwrap()
+    }
+
+    #[test]
+    fn a_client_is_answered_and_garbage_is_refused() {
+        let (_folder, path, socket, _inbox) = listening();
+        client::request(&path, Op::Ping, PATIENT).unwrap();
+        for (bytes, told) in [
+            (&b"\n"[..], "EOF while parsing"),
+            (b"\xff\xfe\n", "control request: "),
+            (b"{\"v\":1,\"op\":\"ping\"", "cut off after 18 bytes"),
+            (b"{\"v\":7,\"op\":\"ping\"}\n", "v: found 7, expected 1"),
+        ] {
+            let reply = raw(&path, bytes, true);
+            assert!(reply.contains(told), "{reply}");
+            assert!(reply.contains("\"error\""), "{reply}");
+        }
+        assert_eq!(raw(&path, b"", true), "");
+        client::request(&path, Op::Ping, PATIENT).unwrap();
+        socket.close();
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn an_oversized_request_is_refused_without_being_read() {
+        let (_folder, path, _socket, _inbox) = listening();
+        let reply = raw(&path, &vec![b' '; 1 << 16], false);
+        // The kernel may drop the reply when unread bytes are left; the next client counts.
+        assert!(reply.is_empty() || reply.contains("too long"), "{reply}");
+        client::request(&path, Op::Ping, PATIENT).unwrap();
+    }
+
+    #[test]
+    fn a_client_that_says_nothing_delays_the_next_but_does_not_stop_it() {
+        let (_folder, path, _socket, _inbox) = listening();
+        let silent = UnixStream::connect(&path).unwrap();
+        let start = Instant::now();
+        client::request(&path, Op::Ping, PATIENT).unwrap();
+        assert!(start.elapsed() >= PATIENCE / 2, "the clients are served in turn");
+        drop(silent);
+    }
+
+    #[test]
+    fn a_stop_is_answered_by_the_servers_loop() {
+        let (_folder, path, socket, inbox) = listening();
+        let server = std::thread::spawn(move || {
+            for outcome in [Err(Error::new(ErrorKind::Busy, "mounted")), Ok(())] {
+                let Event::Stop(answer) = inbox.recv().unwrap() else { panic!("no stop") };
+                answer.send(outcome).unwrap();
+            }
+        });
+        let error = client::request(&path, Op::Stop, PATIENT).unwrap_err();
+        assert_eq!((error.kind(), error.exit_code()), (ErrorKind::Busy, 12));
+        client::request(&path, Op::Stop, PATIENT).unwrap();
+        server.join().unwrap();
+        // With the loop gone there is nobody to ask.
+        let error = client::request(&path, Op::Stop, PATIENT).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Canceled);
+        socket.close();
+    }
+}

@@ -1,0 +1,305 @@
+//! The control protocol: one request line in, one reply line out, both JSON.
+//!
+//! ```text
+//!   {"v":1,"op":"stop"}            {"v":1,"ok":true}
+//!   {"v":1,"op":"stat"}            {"v":1,"ok":true,"stat":{...}}
+//!   {"v":9,"op":"ping"}            {"v":1,"error":{"kind":"unsupported","message":"..."}}
+//! ```
+//!
+//! Pure: bytes and values only. The same lines tell a starter how its server's start went (see
+//! [`Readiness`]). Unknown fields are ignored, so that either end may learn new ones.
+
+use super::kernel::Counters;
+use crate::error::{Error, ErrorKind, Result};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// The version of this protocol.
+pub const VERSION: u32 = 1;
+
+/// What a client can ask of the server of one device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Op {
+    /// Are you there?
+    Ping,
+    /// What has the device done?
+    Stat,
+    /// Stop and delete the device, unless it is in use. The reply comes when it is gone.
+    Stop,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Request {
+    v: u32,
+    op: Op,
+}
+
+#[derive(Deserialize)]
+struct RawRequest {
+    v: u32,
+    op: String,
+}
+
+/// The answer to one request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reply {
+    /// The server's [`VERSION`].
+    pub v: u32,
+    /// Whether it was done.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ok: bool,
+    /// Why not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<Refusal>,
+    /// The answer to [`Op::Stat`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stat: Option<DeviceStat>,
+}
+
+/// An error on its way between processes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// The stable name of its kind.
+    pub kind: String,
+    /// Its whole chain.
+    pub message: String,
+}
+
+/// What a server tells about its device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceStat {
+    /// The number N of `/dev/ublkbN`.
+    pub id: u32,
+    /// `/dev/ublkbN`.
+    pub device: PathBuf,
+    /// The server's process.
+    pub pid: u32,
+    /// The config that was attached.
+    pub config: PathBuf,
+    /// Size of the disk in bytes.
+    pub size_bytes: u64,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// How long the device has been usable.
+    pub uptime_ms: u64,
+    /// What the queues have done, if the front end counts.
+    pub counters: Option<Counters>,
+}
+
+/// What a server tells the process that started it, once.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Readiness {
+    /// The device can be opened and the result file says so.
+    Ready {
+        /// The number N of `/dev/ublkbN`.
+        id: u32,
+    },
+    /// There is no device, and nothing is left of the attempt.
+    Failed(Refusal),
+}
+
+impl Reply {
+    /// The request was carried out.
+    #[must_use]
+    pub fn done() -> Self {
+        Self { v: VERSION, ok: true, error: None, stat: None }
+    }
+
+    /// The answer to [`Op::Stat`].
+    #[must_use]
+    pub fn stat(stat: DeviceStat) -> Self {
+        Self { stat: Some(stat), ..Self::done() }
+    }
+
+    /// The request was not carried out.
+    #[must_use]
+    pub fn refused(error: &Error) -> Self {
+        Self { v: VERSION, ok: false, error: Some(Refusal::of(error)), stat: None }
+    }
+
+    /// The reply itself if the request was carried out, otherwise the server's error.
+    ///
+    /// # Errors
+    /// What the server said.
+    pub fn into_result(self) -> Result<Self> {
+        match &self.error {
+            Some(refusal) => Err(refusal.to_error()),
+            None if self.ok => Ok(self),
+            None => Err(Error::new(ErrorKind::Corrupt, "control reply: neither ok nor error")),
+        }
+    }
+}
+
+impl Refusal {
+    /// `error`, ready to travel.
+    #[must_use]
+    pub fn of(error: &Error) -> Self {
+        Self { kind: error.kind().name().to_owned(), message: format!("{error:#}") }
+    }
+
+    /// The error as it was, its chain in one text. A kind of a newer version becomes `Io`.
+    #[must_use]
+    pub fn to_error(&self) -> Error {
+        let kind = KINDS.iter().find(|kind| kind.name() == self.kind);
+        Error::new(kind.copied().unwrap_or(ErrorKind::Io), self.message.clone())
+    }
+}
+
+/// Every kind that can travel.
+const KINDS: [ErrorKind; 15] = [
+    ErrorKind::Usage,
+    ErrorKind::InvalidConfig,
+    ErrorKind::InvalidFormat,
+    ErrorKind::Unsupported,
+    ErrorKind::Corrupt,
+    ErrorKind::Integrity,
+    ErrorKind::OutOfRange,
+    ErrorKind::NotFound,
+    ErrorKind::NoSpace,
+    ErrorKind::ReadOnly,
+    ErrorKind::Busy,
+    ErrorKind::Io,
+    ErrorKind::Kernel,
+    ErrorKind::Canceled,
+    ErrorKind::Timeout,
+];
+
+/// The line that asks for `op`.
+#[must_use]
+pub fn encode_request(op: Op) -> Vec<u8> {
+    line(&Request { v: VERSION, op })
+}
+
+/// The operation that a request line asks for.
+///
+/// # Errors
+/// `Usage` for what is no request, `Unsupported` for another version or operation.
+pub fn parse_request(line: &[u8]) -> Result<Op> {
+    let request: RawRequest = serde_json::from_slice(line)
+        .map_err(|error| Error::new(ErrorKind::Usage, format!("control request: {error}")))?;
+    let unsupported = |message| Err(Error::new(ErrorKind::Unsupported, message));
+    if request.v != VERSION {
+        let found = request.v;
+        return unsupported(format!("control request: v: found {found}, expected {VERSION}"));
+    }
+    match request.op.as_str() {
+        "ping" => Ok(Op::Ping),
+        "stat" => Ok(Op::Stat),
+        "stop" => Ok(Op::Stop),
+        other => unsupported(format!("control request: op: found {other:?}")),
+    }
+}
+
+/// The line of a reply.
+#[must_use]
+pub fn encode_reply(reply: &Reply) -> Vec<u8> {
+    line(reply)
+}
+
+/// The reply in a line.
+///
+/// # Errors
+/// `Corrupt` for what is no reply, `Unsupported` for another version.
+pub fn parse_reply(line: &[u8]) -> Result<Reply> {
+    let reply: Reply = serde_json::from_slice(line)
+        .map_err(|error| Error::new(ErrorKind::Corrupt, format!("control reply: {error}")))?;
+    if reply.v != VERSION {
+        let message = format!("control reply: v: found {}, expected {VERSION}", reply.v);
+        return Err(Error::new(ErrorKind::Unsupported, message));
+    }
+    Ok(reply)
+}
+
+/// The line that tells a starter how it went.
+#[must_use]
+pub fn encode_readiness(readiness: &Readiness) -> Vec<u8> {
+    line(readiness)
+}
+
+/// What a started server tells; `None` for anything that is no whole line of it.
+#[must_use]
+pub fn parse_readiness(line: &[u8]) -> Option<Readiness> {
+    serde_json::from_slice(line.strip_suffix(b"\n")?).ok()
+}
+
+fn line<T: Serialize>(value: &T) -> Vec<u8> {
+    // These types have string keys and no maps of their own: writing them to memory cannot fail.
+    let mut line = serde_json::to_vec(value).unwrap_or_default();
+    line.push(b'\n');
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_are_these_lines() {
+        for (op, line) in [
+            (Op::Ping, "{\"v\":1,\"op\":\"ping\"}\n"),
+            (Op::Stat, "{\"v\":1,\"op\":\"stat\"}\n"),
+            (Op::Stop, "{\"v\":1,\"op\":\"stop\"}\n"),
+        ] {
+            assert_eq!(String::from_utf8(encode_request(op)).unwrap(), line);
+            assert_eq!(parse_request(line.as_bytes()).unwrap(), op);
+        }
+        assert_eq!(parse_request(br#"{"v":1,"op":"ping","new":[]}"#).unwrap(), Op::Ping);
+    }
+
+    #[test]
+    fn a_request_that_is_not_understood_is_refused_with_the_reason() {
+        for (line, kind, told) in [
+            ("", ErrorKind::Usage, "EOF"),
+            ("GET / HTTP/1.1", ErrorKind::Usage, "expected value"),
+            ("{\"op\":\"stop\"}", ErrorKind::Usage, "missing field `v`"),
+            ("{\"v\":1}", ErrorKind::Usage, "missing field `op`"),
+            ("{\"v\":-1,\"op\":\"stop\"}", ErrorKind::Usage, "invalid value"),
+            ("{\"v\":2,\"op\":\"stop\"}", ErrorKind::Unsupported, "v: found 2, expected 1"),
+            ("{\"v\":1,\"op\":\"halt\"}", ErrorKind::Unsupported, "op: found \"halt\""),
+        ] {
+            let error = parse_request(line.as_bytes()).unwrap_err();
+            assert_eq!(error.kind(), kind, "{line}");
+            assert!(error.to_string().contains(told), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_error_keeps_kind_and_story_on_its_way() {
+        for kind in KINDS {
+            let error = Error::new(kind, "why").context("do it");
+            let line = encode_reply(&Reply::refused(&error));
+            let back = parse_reply(&line).unwrap().into_result().unwrap_err();
+            assert_eq!((back.kind(), back.to_string().as_str()), (kind, "do it: why"));
+        }
+        let newer = Refusal { kind: "on-fire".to_owned(), message: "m".to_owned() };
+        assert_eq!(newer.to_error().kind(), ErrorKind::Io);
+    }
+
+    #[test]
+    fn replies_are_these_lines() {
+        assert_eq!(encode_reply(&Reply::done()), b"{\"v\":1,\"ok\":true}\n");
+        let refused = Reply::refused(&Error::new(ErrorKind::Busy, "mounted"));
+        assert_eq!(
+            encode_reply(&refused),
+            b"{\"v\":1,\"error\":{\"kind\":\"busy\",\"message\":\"mounted\"}}\n"
+        );
+        let empty = parse_reply(b"{\"v\":1}").unwrap().into_result().unwrap_err();
+        assert_eq!(empty.kind(), ErrorKind::Corrupt);
+        assert_eq!(parse_reply(b"{\"v\":2}").unwrap_err().kind(), ErrorKind::Unsupported);
+        assert_eq!(parse_reply(b"ok").unwrap_err().kind(), ErrorKind::Corrupt);
+    }
+
+    #[test]
+    fn a_readiness_line_that_was_cut_off_says_nothing() {
+        let ready = Readiness::Ready { id: 7 };
+        let line = encode_readiness(&ready);
+        assert_eq!(line, b"{\"ready\":{\"id\":7}}\n");
+        assert_eq!(parse_readiness(&line), Some(ready));
+        assert_eq!(parse_readiness(&line[..line.len() - 1]), None);
+        assert_eq!(parse_readiness(b""), None);
+        let failed = Readiness::Failed(Refusal::of(&Error::new(ErrorKind::Busy, "x")));
+        assert_eq!(parse_readiness(&encode_readiness(&failed)), Some(failed));
+    }
+}
