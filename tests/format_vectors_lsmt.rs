@@ -1,12 +1,12 @@
 //! The vectors of `format-spec/vectors/` that the LSMT, tar and trace pages show, decoded and held
 //! against the fields written beside them.
-//!
-//! A vector is a `.hex` file for eyes (offset, bytes, what they are; `x256` repeats a line's bytes)
-//! and a `.json` file for tools. Offsets are checked while reading, so the annotation cannot rot.
 
 // The helpers of a test may panic as the test itself may.
 #![allow(clippy::expect_used)]
 
+mod common;
+
+use common::vectors::{fields, hex, len, number, part};
 use obd_ublk::error::ErrorKind;
 use obd_ublk::format::lsmt::SegmentMapping;
 use obd_ublk::format::lsmt::{
@@ -18,52 +18,6 @@ use obd_ublk::format::lsmt::{
 };
 use obd_ublk::format::{tar, trace};
 use serde_json::{Value, json};
-
-/// The bytes of `format-spec/vectors/<name>.hex`.
-fn hex(name: &str) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    for line in read(name, "hex").lines() {
-        let line = line.split('#').next().unwrap_or_default().trim();
-        let Some((offset, rest)) = line.split_once(':') else {
-            assert_eq!(line, "", "a line without an offset in {name}");
-            continue;
-        };
-        let offset = usize::from_str_radix(offset, 16).expect("a hexadecimal offset");
-        assert_eq!(offset, bytes.len(), "an offset in {name}");
-        let mut run = Vec::new();
-        let mut times = 1;
-        for word in rest.split_whitespace() {
-            match word.strip_prefix('x') {
-                Some(count) => times = count.parse().expect("a count"),
-                None => run.push(u8::from_str_radix(word, 16).expect("a byte")),
-            }
-        }
-        bytes.extend(run.repeat(times));
-    }
-    bytes
-}
-
-fn fields(name: &str) -> Value {
-    serde_json::from_str(&read(name, "json")).expect("a JSON file")
-}
-
-fn read(name: &str, extension: &str) -> String {
-    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/format-spec/vectors");
-    std::fs::read_to_string(format!("{folder}/{name}.{extension}")).expect("a vector")
-}
-
-fn number(value: &Value) -> u64 {
-    value.as_u64().expect("a number")
-}
-
-fn len(bytes: &[u8]) -> u64 {
-    u64::try_from(bytes.len()).expect("64 bits")
-}
-
-fn part(bytes: &[u8], start: u64, length: u64) -> &[u8] {
-    let start = usize::try_from(start).expect("an offset in memory");
-    &bytes[start..][..usize::try_from(length).expect("a length in memory")]
-}
 
 fn header_json(header: &Header) -> Value {
     json!({

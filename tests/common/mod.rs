@@ -7,3 +7,4 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 pub(crate) mod golden;
+pub(crate) mod vectors;
