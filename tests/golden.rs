@@ -3,6 +3,9 @@
 //! The images were made by the reference tools; `expected_sha256` is of the flattened disk, from
 //! the reference's own reader or, where that cannot read its own file, from the write model.
 
+// The helpers of a test may panic as the test itself may.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 mod common;
 
 use common::golden::{Case, Golden, Materialised, hex};

@@ -1,6 +1,9 @@
 //! Golden layers cut at every structural boundary and with every bit of their structures flipped:
 //! never a panic, and where a checksum covers the damage never a wrong byte.
 
+// The helpers of a test may panic as the test itself may.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 mod common;
 
 use common::golden::Golden;

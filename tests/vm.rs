@@ -4,6 +4,9 @@
 //! `OBD_UBLK_VM_KERNEL=6.12 cargo test --release --test vm -- --ignored`. `OBD_UBLK_VM_CHECKS`
 //! names single checks, or `smoke`. Release binaries of the crate must exist (feature `tools`).
 
+// The helpers of a test may panic as the test itself may.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 mod common;
 
 use common::golden::{Case, Golden};

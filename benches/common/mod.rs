@@ -8,24 +8,24 @@ use obd_ublk::format::lsmt::{self, SegmentMapping};
 use std::time::{Duration, Instant};
 
 /// A xorshift sequence: the same numbers every time.
-pub struct Random(pub u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
         self.0
     }
 
-    pub fn below(&mut self, limit: u64) -> u64 {
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
         self.next() % limit
     }
 }
 
 /// Bytes that compress about 2:1, like the binaries and scripts of an image: words of a skewed
 /// dictionary, and every few hundred bytes a run of noise.
-pub fn image_like(len: usize, seed: u64) -> Vec<u8> {
+pub(crate) fn image_like(len: usize, seed: u64) -> Vec<u8> {
     let mut random = Random(seed | 1);
     let words: Vec<Vec<u8>> = (0..512)
         .map(|_| (0..4 + random.below(12)).map(|_| random.next().to_le_bytes()[3]).collect())
@@ -44,7 +44,7 @@ pub fn image_like(len: usize, seed: u64) -> Vec<u8> {
 
 /// The LSMT file of one layer that holds `data` at sector 0 of a disk of the same size, cut into
 /// entries of 8 MiB as the format demands.
-pub fn layer_of(data: &[u8]) -> Vec<u8> {
+pub(crate) fn layer_of(data: &[u8]) -> Vec<u8> {
     let sectors = u64::try_from(data.len()).unwrap() / 512;
     let mut segments = Vec::new();
     let mut start = 0;
@@ -63,14 +63,14 @@ pub fn layer_of(data: &[u8]) -> Vec<u8> {
 }
 
 /// Runs `a` and `b` in turn and returns the medians of their times.
-pub fn alternate(rounds: usize, mut a: impl FnMut(), mut b: impl FnMut()) -> Outcome {
+pub(crate) fn alternate(rounds: usize, mut a: impl FnMut(), mut b: impl FnMut()) -> Outcome {
     let time = |work: &mut dyn FnMut()| {
         let start = Instant::now();
         work();
         start.elapsed()
     };
     // Once for the caches.
-    (time(&mut a), time(&mut b));
+    let _ = (time(&mut a), time(&mut b));
     let pairs: Vec<_> = (0..rounds).map(|_| (time(&mut a), time(&mut b))).collect();
     let mut ratios: Vec<f64> =
         pairs.iter().map(|(a, b)| a.as_secs_f64() / b.as_secs_f64()).collect();
@@ -84,17 +84,17 @@ pub fn alternate(rounds: usize, mut a: impl FnMut(), mut b: impl FnMut()) -> Out
     }
 }
 
-pub struct Outcome {
-    pub ours: Duration,
-    pub floor: Duration,
-    pub ratio: f64,
-    pub lowest: f64,
-    pub highest: f64,
+pub(crate) struct Outcome {
+    pub(crate) ours: Duration,
+    pub(crate) floor: Duration,
+    pub(crate) ratio: f64,
+    pub(crate) lowest: f64,
+    pub(crate) highest: f64,
 }
 
 impl Outcome {
     /// One line: nanoseconds per operation of both, the median of the paired ratios, its range.
-    pub fn print(&self, name: &str, operations: u64, goal: &str) {
+    pub(crate) fn print(&self, name: &str, operations: u64, goal: &str) {
         let per = |time: Duration| time.as_secs_f64() * 1e9 / operations as f64;
         println!(
             "{name:<28} ours {:>8.0} ns  floor {:>8.0} ns  ratio {:.3} ({:.3}..{:.3})  goal {goal}",

@@ -9,7 +9,9 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{CONFIG_BYTES_MAX, LAYER_COUNT_MAX};
 use crate::units::to_u64;
+use serde::de::{DeserializeOwned, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
+use std::fmt;
 use std::path::PathBuf;
 
 /// An image's `config.v1.json`.
@@ -17,24 +19,19 @@ use std::path::PathBuf;
 #[serde(rename_all = "camelCase", default)]
 pub struct ImageConfig {
     /// `https://HOST/v2/REPOSITORY/blobs`: where layers without a local file are.
-    #[serde(deserialize_with = "or_default")]
     pub repo_blob_url: String,
     /// The read-only layers, lowest first.
-    #[serde(deserialize_with = "or_default")]
     pub lowers: Vec<LowerConfig>,
     /// The writable pair on top, if there is one.
     #[serde(deserialize_with = "upper")]
     pub upper: Option<UpperConfig>,
     /// Where the outcome of an attach is written; empty for nowhere.
-    #[serde(deserialize_with = "or_default")]
     pub result_file: String,
     /// Background download; `None` leaves it to the host's config.
     pub download: Option<Download>,
     /// Whether the uppermost lower holds only a trace.
-    #[serde(deserialize_with = "or_default")]
     pub acceleration_layer: bool,
     /// Where to record a trace; empty for nowhere.
-    #[serde(deserialize_with = "or_default")]
     pub record_trace_path: String,
 }
 
@@ -43,25 +40,17 @@ pub struct ImageConfig {
 #[serde(rename_all = "camelCase", default)]
 pub struct LowerConfig {
     /// The layer's file.
-    #[serde(deserialize_with = "or_default")]
     pub file: String,
     /// A folder that may hold the layer under one of three names.
-    #[serde(deserialize_with = "or_default")]
     pub dir: String,
     /// `sha256:HEX` of the blob in the registry.
-    #[serde(deserialize_with = "or_default")]
     pub digest: String,
     /// Length of that blob in bytes; 0 when unknown.
-    #[serde(deserialize_with = "or_default")]
     pub size: u64,
     /// This layer's own place in a registry (an extension of a peer), before the image's.
-    #[serde(deserialize_with = "or_default")]
     pub repo_blob_url: String,
-    #[serde(deserialize_with = "or_default")]
     target_file: String,
-    #[serde(deserialize_with = "or_default")]
     target_digest: String,
-    #[serde(deserialize_with = "or_default")]
     gzip_index: String,
 }
 
@@ -70,14 +59,10 @@ pub struct LowerConfig {
 #[serde(rename_all = "camelCase", default)]
 pub struct UpperConfig {
     /// The data file.
-    #[serde(deserialize_with = "or_default")]
     pub data: String,
     /// The index file.
-    #[serde(deserialize_with = "or_default")]
     pub index: String,
-    #[serde(deserialize_with = "or_default")]
     target: String,
-    #[serde(deserialize_with = "or_default")]
     gzip_index: String,
 }
 
@@ -86,7 +71,6 @@ pub struct UpperConfig {
 #[serde(default)]
 pub struct Download {
     /// Whether whole layers are downloaded in the background.
-    #[serde(deserialize_with = "or_default")]
     pub enable: bool,
     /// Seconds to wait after attach.
     pub delay: u64,
@@ -158,16 +142,41 @@ impl ImageConfig {
     }
 }
 
-/// The `resultFile` of a config that may be invalid in every other respect, so that the failure
-/// can be told there. `None` when the bytes are no JSON object or it names none.
+/// The `resultFile` of a config, as far as it can be found: the rest may be nonsense or cut off, so
+/// that the failure can still be told there. `None` when it names none.
 #[must_use]
 pub fn result_file_of(bytes: &[u8]) -> Option<String> {
     if to_u64(bytes.len()) > CONFIG_BYTES_MAX {
         return None;
     }
-    let value: serde_json::Value = serde_json::from_slice(bytes).ok()?;
-    let path = value.get("resultFile")?.as_str()?;
-    (!path.is_empty()).then(|| path.to_owned())
+    let mut found = None;
+    let mut reader = serde_json::Deserializer::from_slice(bytes);
+    // The outcome does not matter: what was seen before the first error is in `found`.
+    let _ = reader.deserialize_map(ResultFileVisitor { found: &mut found });
+    found.filter(|path| !path.is_empty())
+}
+
+struct ResultFileVisitor<'a> {
+    found: &'a mut Option<String>,
+}
+
+impl<'de> Visitor<'de> for ResultFileVisitor<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<(), A::Error> {
+        while let Some(key) = map.next_key::<String>()? {
+            if key == "resultFile" {
+                *self.found = Some(map.next_value::<String>()?);
+            } else {
+                map.next_value::<IgnoredAny>()?;
+            }
+        }
+        Ok(())
+    }
 }
 
 impl LowerConfig {
@@ -369,7 +378,7 @@ const SERVICE_OBJECTS: [&str; 6] =
 
 /// Parses, and insists on objects at the root and under the keys `objects` (or in their lists):
 /// the derived parsers would take an array as the fields in order.
-fn parse_json<'a, T: Deserialize<'a>>(what: &str, bytes: &'a [u8], objects: &[&str]) -> Result<T> {
+fn parse_json<T: DeserializeOwned>(what: &str, bytes: &[u8], objects: &[&str]) -> Result<T> {
     let invalid = |message: String| Error::new(ErrorKind::InvalidConfig, message);
     if to_u64(bytes.len()) > CONFIG_BYTES_MAX {
         return Err(invalid(format!("{what}: more than {CONFIG_BYTES_MAX} bytes")));
@@ -390,14 +399,26 @@ fn parse_json<'a, T: Deserialize<'a>>(what: &str, bytes: &'a [u8], objects: &[&s
             return Err(invalid(format!("{what}: expected an object in {key}")));
         }
     }
-    serde_json::from_slice(bytes).map_err(failed)
+    // Without its nulls; what is wrong then is told from the text, with line and column.
+    let mut value = value;
+    drop_nulls(&mut value);
+    T::deserialize(value).map_err(|error| {
+        let told: std::result::Result<T, _> = serde_json::from_slice(bytes);
+        failed(told.err().unwrap_or(error))
+    })
 }
 
-/// `null` and absence are the same.
-fn or_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
-    deserializer: D,
-) -> std::result::Result<T, D::Error> {
-    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+/// Removes every key that is `null`, as deep as the parser allowed. Not list elements: a layer that
+/// is `null` is a layer that is missing.
+fn drop_nulls(value: &mut serde_json::Value) {
+    match value {
+        serde_json::Value::Object(fields) => {
+            fields.retain(|_, field| !field.is_null());
+            fields.values_mut().for_each(drop_nulls);
+        }
+        serde_json::Value::Array(items) => items.iter_mut().for_each(drop_nulls),
+        _ => {}
+    }
 }
 
 /// The snapshotter writes `"upper":{}` for "none".
@@ -434,7 +455,7 @@ mod tests {
     #[test]
     fn unknown_keys_and_nulls_are_ignored() {
         let text = r#"{"new":[{}],"lowers":[{"file":"a","dir":null,"size":null}],"upper":null,
-            "resultFile":null,"download":null,"accelerationLayer":null}"#;
+            "resultFile":null,"download":{"delay":null},"accelerationLayer":null}"#;
         let config = ImageConfig::parse(text.as_bytes()).unwrap();
         assert_eq!((config.lowers.len(), config.result_file.as_str()), (1, ""));
     }
@@ -444,6 +465,7 @@ mod tests {
         let cases = [
             ("", ErrorKind::InvalidConfig, "line 1 column 0"),
             ("[]", ErrorKind::InvalidConfig, "line 1 column"),
+            (r#"{"lowers":[{"file":"a"},null]}"#, ErrorKind::InvalidConfig, "null"),
             (r#"{"lowers":[["a"]]}"#, ErrorKind::InvalidConfig, "an object in lowers"),
             (r#"{"upper":["a","b"]}"#, ErrorKind::InvalidConfig, "an object in upper"),
             (r#"{"lowers":7}"#, ErrorKind::InvalidConfig, "line 1 column 11"),
@@ -497,11 +519,12 @@ mod tests {
 
     #[test]
     fn the_result_file_is_found_in_an_otherwise_invalid_config() {
-        let cases: [(&str, Option<&str>); 5] = [
+        let cases: [(&str, Option<&str>); 6] = [
             (r#"{"resultFile":"/r","lowers":7}"#, Some("/r")),
             (r#"{"resultFile":""}"#, None),
             (r#"{"resultFile":7}"#, None),
-            (r#"{"resultFile":"/r""#, None),
+            (r#"{"resultFile":"/r""#, Some("/r")),
+            (r#"{"lowers":[{"file""#, None),
             ("[]", None),
         ];
         for (text, found) in cases {

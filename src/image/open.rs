@@ -5,6 +5,7 @@ use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::format::config::{ImageConfig, LowerConfig, ServiceConfig};
 use crate::limits::CONFIG_BYTES_MAX;
 use crate::source::{Source, open_regular};
+use crate::units::to_u64;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -46,13 +47,22 @@ pub fn load_service_config(path: Option<&Path>) -> Result<ServiceConfig> {
     ServiceConfig::parse(&bytes).context(|| format!("parse {shown}"))
 }
 
-fn read_config(path: &Path) -> Result<Vec<u8>> {
+/// The text of a config file.
+///
+/// # Errors
+/// `NotFound`, `InvalidConfig` for more than [`CONFIG_BYTES_MAX`] bytes, `InvalidFormat` for
+/// anything but a regular file, `Io`.
+pub fn read_config(path: &Path) -> Result<Vec<u8>> {
     let file = open_regular(path)?;
     let mut bytes = Vec::new();
     file.take(CONFIG_BYTES_MAX + 1)
         .read_to_end(&mut bytes)
         .map_err(|error| Error::io(format!("read {}", path.display()), &error))?;
-    // The parsers check the size: one byte more than the limit is enough for them to refuse.
+    if to_u64(bytes.len()) > CONFIG_BYTES_MAX {
+        let message =
+            format!("read {}: more than {CONFIG_BYTES_MAX} bytes, the limit", path.display());
+        return Err(Error::new(ErrorKind::InvalidConfig, message));
+    }
     Ok(bytes)
 }
 
@@ -138,4 +148,25 @@ fn find_lower(lower: &LowerConfig) -> Result<PathBuf> {
         lower.digest
     );
     Err(Error::new(ErrorKind::Unsupported, message))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_file_of_reasonable_size_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let kind = |name: &str| read_config(&folder.path().join(name)).unwrap_err().kind();
+        assert_eq!(kind("missing"), ErrorKind::NotFound);
+        assert_eq!(kind("."), ErrorKind::InvalidFormat);
+        let fifo = folder.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert_eq!(kind("fifo"), ErrorKind::InvalidFormat);
+        let large = std::fs::File::create(folder.path().join("large")).unwrap();
+        large.set_len(CONFIG_BYTES_MAX + 1).unwrap();
+        assert_eq!(kind("large"), ErrorKind::InvalidConfig);
+        large.set_len(CONFIG_BYTES_MAX).unwrap();
+        assert!(read_config(&folder.path().join("large")).is_ok());
+    }
 }

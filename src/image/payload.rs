@@ -136,7 +136,7 @@ fn open_zfile(source: &Source, wrapping: Wrapping) -> Result<Option<ZfilePart>> 
     let trailer = if zfile::needs_trailer(&header) {
         let at_byte = wrapping.stored_bytes - zfile::HEADER_BYTES;
         let bytes = read(at_byte, zfile::HEADER_BYTES)?;
-        Some(Header::parse(&bytes, at_byte).context(context("trailer"))?)
+        Some(Header::parse_trailer(&bytes, at_byte).context(context("trailer"))?)
     } else {
         None
     };

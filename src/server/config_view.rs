@@ -2,15 +2,8 @@
 //! writable, and a copy for the state file. What the layers mean is the image's business.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::limits::CONFIG_BYTES_MAX;
-use serde::Deserializer;
-use serde::de::{IgnoredAny, MapAccess, Visitor};
+use crate::format::config::result_file_of;
 use serde_json::Value;
-use std::cell::RefCell;
-use std::fmt;
-use std::fs::OpenOptions;
-use std::io::Read;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 /// A config as the server sees it.
@@ -22,63 +15,10 @@ pub(super) struct ConfigView {
     pub(super) content: Value,
 }
 
-/// Reads the config file `path`, at most [`CONFIG_BYTES_MAX`] bytes of it.
-///
-/// # Errors
-/// `NotFound` or `Io` when it cannot be read, `InvalidConfig` when it is too large or no file.
-pub(super) fn load_bytes(path: &Path) -> Result<Vec<u8>> {
-    let told = |error: &std::io::Error| Error::io(format!("read config {}", path.display()), error);
-    // Without O_NONBLOCK a FIFO would be waited for until somebody writes.
-    let mut options = OpenOptions::new();
-    let file = options.read(true).custom_flags(libc::O_NONBLOCK).open(path);
-    let file = file.map_err(|error| told(&error))?;
-    if !file.metadata().map_err(|error| told(&error))?.is_file() {
-        let message = format!("config {}: not a regular file", path.display());
-        return Err(Error::new(ErrorKind::InvalidConfig, message));
-    }
-    let mut bytes = Vec::new();
-    file.take(CONFIG_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(|error| told(&error))?;
-    if crate::units::to_u64(bytes.len()) > CONFIG_BYTES_MAX {
-        let message =
-            format!("config {}: more than {CONFIG_BYTES_MAX} bytes, the limit", path.display());
-        return Err(Error::new(ErrorKind::InvalidConfig, message));
-    }
-    Ok(bytes)
-}
-
-/// The `resultFile` of a config, made absolute from `folder`, as far as it can be found: the rest
-/// of the config may be nonsense or cut off.
+/// The `resultFile` of a config, made absolute from `folder`, as far as it can be found.
 #[must_use]
 pub(super) fn result_file(bytes: &[u8], folder: &Path) -> Option<PathBuf> {
-    let found = RefCell::new(None);
-    let mut reader = serde_json::Deserializer::from_slice(bytes);
-    // The outcome does not matter: what was seen before the first error is in `found`.
-    let _ = reader.deserialize_map(ResultFileVisitor { found: &found });
-    let name: String = found.into_inner()?;
-    if name.is_empty() { None } else { Some(folder.join(name)) }
-}
-
-struct ResultFileVisitor<'a> {
-    found: &'a RefCell<Option<String>>,
-}
-
-impl<'de> Visitor<'de> for ResultFileVisitor<'_> {
-    type Value = ();
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a JSON object")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<(), A::Error> {
-        while let Some(key) = map.next_key::<String>()? {
-            if key == "resultFile" {
-                *self.found.borrow_mut() = Some(map.next_value::<String>()?);
-            } else {
-                map.next_value::<IgnoredAny>()?;
-            }
-        }
-        Ok(())
-    }
+    result_file_of(bytes).map(|name| folder.join(name))
 }
 
 /// Parses a config; relative paths are taken from `folder`.
@@ -178,21 +118,5 @@ mod tests {
             let error = parse(config.as_bytes(), Path::new("/")).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::InvalidConfig, "{config}");
         }
-    }
-
-    #[test]
-    fn only_a_file_of_reasonable_size_is_read() {
-        let folder = tempfile::tempdir().unwrap();
-        let kind = |name: &str| load_bytes(&folder.path().join(name)).unwrap_err().kind();
-        assert_eq!(kind("missing"), ErrorKind::NotFound);
-        assert_eq!(kind("."), ErrorKind::InvalidConfig);
-        let fifo = folder.path().join("fifo");
-        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        assert_eq!(kind("fifo"), ErrorKind::InvalidConfig);
-        let large = std::fs::File::create(folder.path().join("large")).unwrap();
-        large.set_len(CONFIG_BYTES_MAX + 1).unwrap();
-        assert_eq!(kind("large"), ErrorKind::InvalidConfig);
-        large.set_len(CONFIG_BYTES_MAX).unwrap();
-        assert!(load_bytes(&folder.path().join("large")).is_ok());
     }
 }

@@ -11,7 +11,8 @@ use super::protocol::{self, DeviceStat, Op, Reply};
 use super::wire;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{CONTROL_CLIENT_MS_MAX, CONTROL_REQUEST_BYTES_MAX};
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::sys::socket::{Shutdown, getsockopt, shutdown, sockopt::PeerCredentials};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -38,6 +39,8 @@ const PATIENCE: Duration = Duration::from_millis(CONTROL_CLIENT_MS_MAX);
 pub(super) struct ControlSocket {
     path: PathBuf,
     ending: Arc<AtomicBool>,
+    // The socket that the thread waits on: shutting it down ends the wait.
+    listener: Arc<UnixListener>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -50,26 +53,26 @@ impl ControlSocket {
         let told = |error: &std::io::Error| {
             Error::io(format!("listen on control socket {}", path.display()), error)
         };
-        let listener = UnixListener::bind(path).map_err(|error| told(&error))?;
+        let listener = Arc::new(UnixListener::bind(path).map_err(|error| told(&error))?);
+        let heard = Arc::clone(&listener);
         let ending = Arc::new(AtomicBool::new(false));
         let ending_seen = Arc::clone(&ending);
         let thread = std::thread::Builder::new()
             .name("control".to_owned())
-            .spawn(move || accept(&listener, &events, &ending_seen))
+            .spawn(move || accept(&heard, &events, &ending_seen))
             .map_err(|error| told(&error))?;
-        Ok(Self { path: path.to_owned(), ending, thread: Some(thread) })
+        Ok(Self { path: path.to_owned(), ending, listener, thread: Some(thread) })
     }
 
     /// Takes no more clients and returns when the last one has its reply.
     pub(super) fn close(mut self) {
         self.ending.store(true, Ordering::SeqCst);
-        // Wakes the thread from its wait for clients. Fails when the thread is gone, or when so
-        // many clients wait that it is awake anyway.
-        let woken = UnixStream::connect(&self.path);
+        // Wakes the thread from its wait for clients. Not by calling it: the socket's folder may be
+        // gone already, and its path with it.
+        let _ = shutdown(self.listener.as_raw_fd(), Shutdown::Both);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
-        drop(woken);
         let _ = std::fs::remove_file(&self.path);
     }
 }
@@ -78,6 +81,7 @@ fn accept(listener: &UnixListener, events: &Sender<Event>, ending: &AtomicBool) 
     while !ending.load(Ordering::SeqCst) {
         match listener.accept() {
             Ok((client, _)) => serve(&client, events),
+            Err(_) if ending.load(Ordering::SeqCst) => return,
             Err(error) => {
                 tracing::warn!(%error, "control socket: accept");
                 // Out of descriptors, most likely: give somebody time to close one.
@@ -167,6 +171,16 @@ mod tests {
         let mut reply = Vec::new();
         let _ = stream.read_to_end(&mut reply);
         String::from_utf8(reply).unwrap()
+    }
+
+    /// A server used to hang here: it removed its folder first, and could not call itself then.
+    #[test]
+    fn closing_ends_the_thread_though_the_folder_is_gone() {
+        let (folder, _path, socket, _inbox) = listening();
+        // Until the thread waits for clients.
+        std::thread::sleep(Duration::from_millis(50));
+        folder.close().unwrap();
+        socket.close();
     }
 
     #[test]

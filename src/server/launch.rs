@@ -16,7 +16,7 @@ use super::serve::{Housing, Mailbox, Order, Server, check_writable};
 use super::state::device_path;
 use super::{signals, survey, wire};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::image::Image;
+use crate::image::{Image, read_config};
 use crate::limits::{ATTACH_SECONDS_MAX, LAST_WORDS_BYTES_MAX, READY_LINE_BYTES_MAX};
 use crate::units::to_u64;
 use nix::sys::signal::{Signal, kill};
@@ -141,7 +141,7 @@ fn prepare(options: &AttachOptions) -> Result<Prepared> {
     let mut order = options.order.clone();
     order.config = folder.join(order.config);
     order.service_config = order.service_config.map(|path| folder.join(path));
-    let bytes = config_view::load_bytes(&order.config)?;
+    let bytes = read_config(&order.config)?;
     let result_file = config_view::result_file(&bytes, &folder);
     let result_file = result_file.as_deref().map(ResultFile::open).transpose()?;
     let checked = check(&bytes, &folder, &order, options.read_only);

@@ -165,6 +165,19 @@ impl Header {
         Ok(header)
     }
 
+    /// [`Header::parse`] for the end of a file whose header is a zfile's.
+    ///
+    /// # Errors
+    /// As [`Header::parse`], but a missing magic is `Corrupt`: the file was cut, or never finished.
+    pub fn parse_trailer(bytes: &[u8], at_byte: u64) -> Result<Self> {
+        if has_magic(bytes) {
+            return Self::parse(bytes, at_byte);
+        }
+        let found = bytes.get(..8).unwrap_or(bytes).escape_ascii().to_string();
+        let expected = "\"ZFile\" (was the file cut short, or never finished?)";
+        Err(Error::corrupt("zfile trailer: magic", at_byte, found, expected))
+    }
+
     /// The record as it lies on disk, its digest included where [`Flags::DIGEST`] promises one.
     #[must_use]
     pub fn encode(&self) -> [u8; SPACE] {

@@ -87,7 +87,7 @@ impl JumpTable {
             // At most a billion blocks of some 64 KiB: far from overflow.
             offset += u64::from(len);
         }
-        if count % GROUP_BLOCKS == 0 {
+        if count.is_multiple_of(GROUP_BLOCKS) {
             base = offset;
             bases.push(base);
         }
