@@ -1,10 +1,10 @@
 //! The life of one served device, on a thread of its own.
 //!
 //! ```text
-//!   caller ──start──> device thread: ADD_DEV, params, queue threads, START_DEV, node
-//!          <─ready──                 │
-//!          ──stop───>                wait for "stop" or for the last queue to end
-//!          <─gone───                 STOP_DEV, queues end, DEL_DEV, number free
+//!   caller --start--> device thread: ADD_DEV, params, queue threads, START_DEV, node
+//!          <-ready---                |
+//!          --stop--->                wait for "stop" or for the last queue to end
+//!          <-gone----                STOP_DEV, queues end, DEL_DEV, number free
 //! ```
 //!
 //! The thread exists because ADD_DEV has no deadline in libublk and is known to hang for ever on

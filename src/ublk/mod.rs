@@ -1,11 +1,11 @@
 //! The kernel front end: one [`Disk`](crate::disk::Disk) as `/dev/ublkbN`.
 //!
 //! ```text
-//!   Device::start ── device.rs ── control.rs       commands to /dev/ublk-control, with deadlines
-//!                       │
-//!                       └── queue.rs ── answer.rs ── request.rs
-//!                           one thread   a request   descriptor in,
-//!                           per queue    is served   answer out
+//!   Device::start -- device.rs -- control.rs    commands to /dev/ublk-control, with deadlines
+//!                       |
+//!                       +-- queue.rs -- answer.rs -- request.rs
+//!                           one thread  a request    descriptor in,
+//!                           per queue   is served    answer out
 //! ```
 //!
 //! The server starts and stops devices here; the command line lists and deletes them. A read
@@ -15,7 +15,7 @@
 //!
 //! libublk is hidden behind this module; no type of it appears in a signature. It gives us
 //! ADD_DEV, the queue's descriptors and the fetch/commit commands. Its other control commands are
-//! not used, see [`control`], and neither is its `run_target`, which writes `/run/ublksrvd`: that
+//! not used, see `control.rs`, and neither is its `run_target`, which writes `/run/ublksrvd`: that
 //! folder never sees a file of ours.
 //!
 //! This module never reads a layer, never decides whether a device may be stopped (it does not

@@ -1,13 +1,13 @@
 //! The loop of one queue thread: take every request that is there, serve it, answer all at once.
 //!
-//! The thread owns its ring, its tags' buffers and its [`Worker`](crate::disk::Worker). A request is served to its end
-//! in the callback (a read fills the tag's buffer in place) and its answer is only queued; the
-//! next `io_uring_enter` hands in the answers of the whole batch and waits for more. So a batch
-//! of N requests costs one system call, and a read that hits allocates nothing and takes no lock.
-//! A read that blocks, blocks its queue.
+//! The thread owns its ring, its tags' buffers and its [`Worker`](crate::disk::Worker). A request
+//! is served to its end in the callback (a read fills the tag's buffer in place) and its answer is
+//! only queued; the next `io_uring_enter` hands in the answers of the whole batch and waits for
+//! more. So a batch of N requests costs one system call, and a read that hits allocates nothing
+//! and takes no lock. A read that blocks, blocks its queue.
 //!
-//! What libublk's own loop does not: it ends at any failed wait, an interrupted one included. Its
-//! wait has a timer of 20 s, so an idle queue wakes three times a minute and does nothing.
+//! libublk's own loop is not used: it ends at any failed wait, an interrupted one included. Its
+//! wait is: it has a timer of 20 s, so an idle queue wakes three times a minute and does nothing.
 #![allow(unsafe_code)]
 
 use super::answer::Server;
