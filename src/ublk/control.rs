@@ -28,7 +28,7 @@ pub(super) const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long to wait for the number of a deleted device. Without openers the kernel needs some
 /// milliseconds to let go of our own ring.
-const NUMBER_PATIENCE: Duration = Duration::from_secs(2);
+pub(super) const NUMBER_PATIENCE: Duration = Duration::from_secs(2);
 
 /// The longest pause between two looks at a device that is going away.
 const POLL_PAUSE_MAX: Duration = Duration::from_millis(20);
@@ -145,7 +145,8 @@ impl Control {
 
     /// Waits a moment for the number of a deleted device to be free again; false when somebody
     /// still has `/dev/ublkbN` or `/dev/ublkcN` open. That one only keeps the number, not a device.
-    /// A number that has a new owner was free in between.
+    /// A number that has a new owner was free in between. Newer kernels (7.2, for one) hide a
+    /// deleted device at once: there, whoever wants the number tries again until it is free.
     pub(super) fn wait_free(&mut self, id: u32) -> bool {
         let deadline = Instant::now() + NUMBER_PATIENCE;
         let mut pause = Duration::from_micros(500);

@@ -15,7 +15,7 @@
 //! by themselves, and this thread deletes at once while it still holds the device open, which is
 //! what keeps the number from going to somebody else in between.
 
-use super::control::{COMMAND_TIMEOUT, Control, Refusal};
+use super::control::{COMMAND_TIMEOUT, Control, NUMBER_PATIENCE, Refusal};
 use super::params::Shape;
 use super::queue::{self, told};
 use super::request::Bounds;
@@ -35,6 +35,9 @@ use std::time::{Duration, Instant};
 
 /// How long queue threads may take to get ready, and to end once they were told to.
 const QUEUE_TIMEOUT: Duration = COMMAND_TIMEOUT;
+
+/// The pause between two attempts at a number that is about to be free.
+const POLL_PAUSE: Duration = Duration::from_millis(5);
 
 /// What the device thread is told.
 pub(super) enum Event {
@@ -132,7 +135,27 @@ fn add(shape: &Shape, control: &mut Control) -> Result<UblkCtrl> {
         );
         return Err(Error::new(ErrorKind::Busy, message));
     }
-    let handle = UblkCtrlBuilder::default()
+    let deadline = Instant::now() + NUMBER_PATIENCE;
+    let handle = loop {
+        match try_add(shape) {
+            // Nobody is to be seen under the number: a device that was just deleted may not have
+            // let go of it (newer kernels hide it at once).
+            Err(error) if error.kind() == ErrorKind::Busy && Instant::now() < deadline => {
+                std::thread::sleep(POLL_PAUSE);
+            }
+            outcome => break outcome?,
+        }
+    };
+    handle.disown();
+    // libublk takes EBUSY for success and leaves the number at -1.
+    if i32::try_from(handle.dev_info().dev_id).is_err() {
+        return Err(Refusal::Errno(libc::EBUSY).tell("ADD_DEV"));
+    }
+    Ok(handle)
+}
+
+fn try_add(shape: &Shape) -> Result<UblkCtrl> {
+    UblkCtrlBuilder::default()
         .name("obd")
         .id(shape.id.unwrap_or(-1))
         .nr_queues(shape.queues)
@@ -143,13 +166,7 @@ fn add(shape: &Shape, control: &mut Control) -> Result<UblkCtrl> {
         .ctrl_flags(0)
         .dev_flags(UblkFlags::UBLK_DEV_F_ADD_DEV)
         .build()
-        .map_err(|error| told(&error, "ADD_DEV"))?;
-    handle.disown();
-    // libublk takes EBUSY for success and leaves the number at -1.
-    if i32::try_from(handle.dev_info().dev_id).is_err() {
-        return Err(Refusal::Errno(libc::EBUSY).tell("ADD_DEV"));
-    }
-    Ok(handle)
+        .map_err(|error| told(&error, "ADD_DEV"))
 }
 
 /// Opens `/dev/ublkcN`; libublk waits 3 s for udev to allow it.

@@ -1,4 +1,4 @@
-//! The kernel front end: one [`Disk`](crate::disk::Disk) as `/dev/ublkbN`.
+//! The kernel front end: one [`Disk`] as `/dev/ublkbN`.
 //!
 //! ```text
 //!   Device::start -- device.rs -- control.rs    commands to /dev/ublk-control, with deadlines
@@ -295,7 +295,7 @@ pub fn list() -> Result<Vec<KernelDevice>> {
 }
 
 /// Deletes a device whose server is dead. A live one is stopped first: its readers get errors and
-/// its server finds it gone. The number is free on return, unless somebody has the device open.
+/// its server finds it gone. The number is free soon after; [`Device::start`] waits for it.
 ///
 /// # Errors
 /// `NotFound`, or `Timeout`/`Kernel` when the kernel does not let go within the deadline.
