@@ -17,7 +17,7 @@
 
 use super::control::{COMMAND_TIMEOUT, Control, NUMBER_PATIENCE, Refusal};
 use super::params::Shape;
-use super::queue::{self, told};
+use super::queue::{self, TagBuffers, told};
 use super::request::Bounds;
 use super::stats::DeviceCounters;
 use super::{node, thread};
@@ -181,16 +181,20 @@ fn bring_up<D: Disk>(
     control: &mut Control,
     handle: &UblkCtrl,
     device: &Arc<UblkDev>,
-    threads: &mut Vec<JoinHandle<()>>,
+    threads: &mut Vec<JoinHandle<TagBuffers>>,
 ) -> Result<Started> {
     let info = device.dev_info;
     let id = info.dev_id;
     control
         .set_params(id, &plan.params)
         .map_err(|refusal| refusal.tell(&format!("SET_PARAMS of device {id}")))?;
+    let buffer_bytes = to_usize(u64::from(info.max_io_buf_bytes)).unwrap_or(0);
+    let buffers =
+        (0..info.nr_hw_queues).map(|_| queue::tag_buffers(info.queue_depth, buffer_bytes));
+    let buffers = buffers.collect::<Result<Vec<_>>>()?;
     let masks = queue_masks(handle, info.nr_hw_queues);
-    let spawned = (0..info.nr_hw_queues).zip(masks).try_for_each(|(queue_index, cpus)| {
-        threads.push(spawn_queue(plan, device, queue_index, cpus)?);
+    let spawned = (0_u16..).zip(masks.into_iter().zip(buffers)).try_for_each(|(index, given)| {
+        threads.push(spawn_queue(plan, device, index, given)?);
         Ok(())
     });
     // Also after a failure: STOP_DEV only reaches tags that have been handed in.
@@ -234,13 +238,13 @@ fn spawn_queue<D: Disk>(
     plan: &Plan<D>,
     device: &Arc<UblkDev>,
     queue_index: u16,
-    cpus: Vec<usize>,
-) -> Result<JoinHandle<()>> {
+    (cpus, mut buffers): (Vec<usize>, TagBuffers),
+) -> Result<JoinHandle<TagBuffers>> {
     let (disk, device) = (Arc::clone(&plan.disk), Arc::clone(device));
     let (counters, events) = (Arc::clone(&plan.counters), plan.events.0.clone());
     let bounds = Bounds {
         sectors: plan.params.basic.dev_sectors,
-        buffer_bytes: to_usize(u64::from(device.dev_info.max_io_buf_bytes)).unwrap_or(0),
+        buffer_bytes: buffers.first().map_or(0, |buffer| buffer.len()),
     };
     let name = format!("ublk{}q{queue_index}", device.dev_info.dev_id);
     let serve = move || {
@@ -253,11 +257,13 @@ fn spawn_queue<D: Disk>(
             counters: &counters,
             bounds,
         };
-        let served = queue::serve(&setup, || {
+        let served = queue::serve(&setup, &mut buffers, || {
             guard.was_ready = true;
             let _ = events.send(Event::Ready);
         });
         guard.error = served.map_err(|e| e.context(format!("serve queue {queue_index}"))).err();
+        drop(guard);
+        buffers
     };
     let spawned = std::thread::Builder::new().name(name).spawn(serve);
     spawned.map_err(|error| Error::io("start a queue thread", &error))
@@ -334,7 +340,7 @@ fn undo<D: Disk>(
     plan: &Plan<D>,
     control: &mut Control,
     id: u32,
-    threads: Vec<JoinHandle<()>>,
+    threads: Vec<JoinHandle<TagBuffers>>,
     device: Option<Arc<UblkDev>>,
 ) -> Result<()> {
     let stopped = match control.stop(id) {
@@ -343,9 +349,9 @@ fn undo<D: Disk>(
     };
     let ended = wait_ended(plan, threads.len());
     if ended.is_ok() {
-        for thread in threads {
-            let _ = thread.join();
-        }
+        // All threads first, then all buffers.
+        let buffers: Vec<_> = threads.into_iter().map(JoinHandle::join).collect();
+        drop(buffers);
     }
     let deleted = match control.delete(id) {
         Ok(()) | Err(Refusal::Errno(libc::ENODEV)) => Ok(()),
