@@ -6,7 +6,9 @@
 //! ```text
 //! obd-ublk-null [--sectors N] [--queues N] [--depth N] [--id N] [--request-bytes N]
 //!               [--latency-us N] [--fail-sector N] [--panic-sector N] [--fail-worker N]
+//!               [--mbr] [--no-fill]
 //! obd-ublk-null --verify PATH [--seconds N]
+//! obd-ublk-null --cycles N [as above]
 //! obd-ublk-null --list | --delete ID | --facts
 //! ```
 //!
@@ -56,9 +58,15 @@ struct Arguments {
     /// Reads that touch this sector panic.
     #[arg(long)]
     panic_sector: Option<u64>,
+    /// Put a partition table into sector 0, to see who reads it.
+    #[arg(long)]
+    mbr: bool,
     /// The N-th reader (from 0) cannot be made.
     #[arg(long)]
     fail_worker: Option<u32>,
+    /// Start and stop this many devices one after the other, then say what is left of them.
+    #[arg(long)]
+    cycles: Option<u32>,
     /// Check the content of a device or file.
     #[arg(long)]
     verify: Option<PathBuf>,
@@ -84,6 +92,7 @@ struct Pattern {
     fill: bool,
     fail_sector: Option<u64>,
     panic_sector: Option<u64>,
+    mbr: bool,
     fail_worker: Option<u32>,
     workers: AtomicU32,
 }
@@ -93,6 +102,7 @@ struct PatternWorker {
     fill: bool,
     fail_sector: Option<u64>,
     panic_sector: Option<u64>,
+    mbr: bool,
 }
 
 impl Disk for Pattern {
@@ -107,8 +117,8 @@ impl Disk for Pattern {
         if self.fail_worker == Some(made) {
             return Err(Error::new(ErrorKind::Io, format!("reader {made} is not to be had")));
         }
-        let Self { latency, fill, fail_sector, panic_sector, .. } = *self;
-        Ok(PatternWorker { latency, fill, fail_sector, panic_sector })
+        let Self { latency, fill, fail_sector, panic_sector, mbr, .. } = *self;
+        Ok(PatternWorker { latency, fill, fail_sector, panic_sector, mbr })
     }
 }
 
@@ -130,16 +140,16 @@ impl Worker for PatternWorker {
                 word.copy_from_slice(&index.to_le_bytes());
             }
         }
+        if self.mbr && start_sector == 0 {
+            // One Linux partition of 64 sectors from sector 64 on, and the signature.
+            dst[446..462].copy_from_slice(&[0, 0, 0, 0, 0x83, 0, 0, 0, 64, 0, 0, 0, 64, 0, 0, 0]);
+            dst[510..512].copy_from_slice(&[0x55, 0xaa]);
+        }
         Ok(())
     }
 }
 
-fn serve(arguments: &Arguments) -> Result<()> {
-    // Before any thread exists, so that only `wait` below sees them.
-    let mut signals = SigSet::empty();
-    signals.add(Signal::SIGTERM);
-    signals.add(Signal::SIGINT);
-    signals.thread_block().map_err(|errno| Error::io("block signals", &errno.into()))?;
+fn disk_and_options(arguments: &Arguments) -> (Arc<Pattern>, DeviceOptions) {
     let defaults = DeviceOptions::default();
     let options = DeviceOptions {
         id: arguments.id,
@@ -153,11 +163,51 @@ fn serve(arguments: &Arguments) -> Result<()> {
         fill: !arguments.no_fill,
         fail_sector: arguments.fail_sector,
         panic_sector: arguments.panic_sector,
+        mbr: arguments.mbr,
         fail_worker: arguments.fail_worker,
         workers: AtomicU32::new(0),
     };
+    (Arc::new(disk), options)
+}
+
+/// Starts and stops devices; descriptors, threads and memory must not grow with their number.
+fn cycle(arguments: &Arguments, count: u32) -> Result<()> {
+    let (disk, options) = disk_and_options(arguments);
+    let mut slowest = Duration::ZERO;
     let asked = Instant::now();
-    let device = Device::start(Arc::new(disk), &options)?;
+    for index in 0..count {
+        let began = Instant::now();
+        let device = Device::start(Arc::clone(&disk), &options)
+            .map_err(|error| error.context(format!("cycle {index}")))?;
+        let mut first = [0; 4096];
+        let opened = File::open(device.path());
+        opened
+            .and_then(|node| node.read_exact_at(&mut first, 0))
+            .map_err(|error| Error::io("read the device", &error))?;
+        device.stop()?;
+        slowest = slowest.max(began.elapsed());
+    }
+    let entries = |folder: &str| std::fs::read_dir(folder).map_or(0, Iterator::count);
+    println!(
+        "{count} cycles in {} ms, slowest {} ms; left: {} descriptors, {} threads, {} devices",
+        asked.elapsed().as_millis(),
+        slowest.as_millis(),
+        entries("/proc/self/fd"),
+        entries("/proc/self/task"),
+        ublk::list()?.len(),
+    );
+    Ok(())
+}
+
+fn serve(arguments: &Arguments) -> Result<()> {
+    // Before any thread exists, so that only `wait` below sees them.
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGTERM);
+    signals.add(Signal::SIGINT);
+    signals.thread_block().map_err(|errno| Error::io("block signals", &errno.into()))?;
+    let (disk, options) = disk_and_options(arguments);
+    let asked = Instant::now();
+    let device = Device::start(disk, &options)?;
     let start_us = asked.elapsed().as_micros();
     println!("{}", device.path().display());
     let _ = std::io::stdout().flush();
@@ -254,11 +304,14 @@ fn run(arguments: &Arguments) -> Result<()> {
         println!("{facts:?}\n{}", facts.feature_names().join(" "));
         return Ok(());
     }
-    serve(arguments)
+    match arguments.cycles {
+        Some(count) => cycle(arguments, count),
+        None => serve(arguments),
+    }
 }
 
 fn main() -> ExitCode {
-    tracing_subscriber::fmt().with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
     match run(&Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

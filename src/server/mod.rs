@@ -1,10 +1,10 @@
 //! One process per device: how a disk becomes a device that outlives its caller.
 //!
 //! ```text
-//!   attach ── launch ──spawn──> serve ── kernel (ublk)       the device
-//!     ^          ^                │ │
-//!     │          └──readiness─────┘ └── control <── client   detach, stat
-//!     └ prints /dev/ublkbN          state, run_dir <── survey   list, detach, next attach
+//!   attach -- launch --spawn--> serve -- kernel (ublk)       the device
+//!     ^          ^                | |
+//!     |          +--readiness-----+ +-- control <-- client   detach, stat
+//!     + prints /dev/ublkbN          state, run_dir <-- survey   list, detach, next attach
 //! ```
 //!
 //! A crash, a leak or a kill takes one device, not the host's. What a successor needs is on disk

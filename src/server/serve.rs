@@ -1,10 +1,10 @@
 //! The life of one served device, from claim to removal.
 //!
 //! ```text
-//!   claim N ── state "starting" ── open image ── leave mounts ── start device
-//!        ── state "live" ── control socket ── resultFile ── announce
-//!        ── loop: signals, control requests, the device itself ──
-//!        ── stop device ── remove folder ── last reply
+//!   claim N -- state "starting" -- open image -- leave mounts -- start device
+//!        -- state "live" -- control socket -- resultFile -- announce
+//!        -- loop: signals, control requests, the device itself --
+//!        -- stop device -- remove folder -- last reply
 //! ```
 //!
 //! Every step leaves something that the next `attach` or a `detach` can find: the folder is there

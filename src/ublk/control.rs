@@ -26,6 +26,10 @@ const DEVICES_PATH: &str = "/sys/class/ublk-char";
 /// this long will not end.
 pub(super) const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// How long to wait for the number of a deleted device. Without openers the kernel needs some
+/// milliseconds to let go of our own ring.
+pub(super) const NUMBER_PATIENCE: Duration = Duration::from_secs(2);
+
 /// The longest pause between two looks at a device that is going away.
 const POLL_PAUSE_MAX: Duration = Duration::from_millis(20);
 
@@ -139,29 +143,27 @@ impl Control {
         }
     }
 
-    /// Waits until the number `id` is free again, which is when the last holder of a deleted
-    /// device has let go. A number that has a new owner was free in between.
-    pub(super) fn wait_gone(&mut self, id: u32, patience: Duration) -> Result<(), Refusal> {
-        let deadline = Instant::now() + patience;
+    /// Waits a moment for the number of a deleted device to be free again; false when somebody
+    /// still has `/dev/ublkbN` or `/dev/ublkcN` open. That one only keeps the number, not a device.
+    /// A number that has a new owner was free in between. Newer kernels (7.2, for one) hide a
+    /// deleted device at once: there, whoever wants the number tries again until it is free.
+    pub(super) fn wait_free(&mut self, id: u32) -> bool {
+        let deadline = Instant::now() + NUMBER_PATIENCE;
         let mut pause = Duration::from_micros(500);
-        let mut owner_pid = None;
-        loop {
-            match self.info(id) {
-                Err(Refusal::Errno(libc::ENODEV)) => return Ok(()),
-                Err(refusal) => return Err(refusal),
-                Ok(info) => {
-                    let owner = *owner_pid.get_or_insert(info.ublksrv_pid);
-                    if info.ublksrv_pid > 0 && info.ublksrv_pid != owner {
-                        return Ok(());
-                    }
-                }
+        let mut first_pid = None;
+        // A refusal other than "no such device" says nothing about the number: not worth a wait.
+        while let Ok(info) = self.info(id) {
+            let owner_pid = *first_pid.get_or_insert(info.ublksrv_pid);
+            if info.ublksrv_pid > 0 && info.ublksrv_pid != owner_pid {
+                return true;
             }
             if Instant::now() >= deadline {
-                return Err(Refusal::Deadline);
+                return false;
             }
             std::thread::sleep(pause);
             pause = (pause * 2).min(POLL_PAUSE_MAX);
         }
+        true
     }
 
     fn command(&mut self, op: u32, id: u32, data: u64) -> Result<i32, Refusal> {

@@ -2,9 +2,9 @@
 //!
 //! ```text
 //!   caller --start--> device thread: ADD_DEV, params, queue threads, START_DEV, node
-//!          <-ready--                 |
+//!          <-ready---                |
 //!          --stop--->                wait for "stop" or for the last queue to end
-//!          <-gone---                 STOP_DEV, queues end, DEL_DEV, number free
+//!          <-gone----                STOP_DEV, queues end, DEL_DEV, number free
 //! ```
 //!
 //! The thread exists because ADD_DEV has no deadline in libublk and is known to hang for ever on
@@ -15,9 +15,9 @@
 //! by themselves, and this thread deletes at once while it still holds the device open, which is
 //! what keeps the number from going to somebody else in between.
 
-use super::control::{COMMAND_TIMEOUT, Control, Refusal};
+use super::control::{COMMAND_TIMEOUT, Control, NUMBER_PATIENCE, Refusal};
 use super::params::Shape;
-use super::queue::{self, told};
+use super::queue::{self, TagBuffers, told};
 use super::request::Bounds;
 use super::stats::DeviceCounters;
 use super::{node, thread};
@@ -35,6 +35,9 @@ use std::time::{Duration, Instant};
 
 /// How long queue threads may take to get ready, and to end once they were told to.
 const QUEUE_TIMEOUT: Duration = COMMAND_TIMEOUT;
+
+/// The pause between two attempts at a number that is about to be free.
+const POLL_PAUSE: Duration = Duration::from_millis(5);
 
 /// What the device thread is told.
 pub(super) enum Event {
@@ -126,10 +129,33 @@ fn add(shape: &Shape, control: &mut Control) -> Result<UblkCtrl> {
     if let Some(id) = shape.id.and_then(|id| u32::try_from(id).ok())
         && control.info(id).is_ok()
     {
-        let message = format!("ublk device {id} exists already");
+        let message = format!(
+            "ublk device {id} exists already, or somebody still has a deleted one of that number \
+             open"
+        );
         return Err(Error::new(ErrorKind::Busy, message));
     }
-    let handle = UblkCtrlBuilder::default()
+    let deadline = Instant::now() + NUMBER_PATIENCE;
+    let handle = loop {
+        match try_add(shape) {
+            // Nobody is to be seen under the number: a device that was just deleted may not have
+            // let go of it (newer kernels hide it at once).
+            Err(error) if error.kind() == ErrorKind::Busy && Instant::now() < deadline => {
+                std::thread::sleep(POLL_PAUSE);
+            }
+            outcome => break outcome?,
+        }
+    };
+    handle.disown();
+    // libublk takes EBUSY for success and leaves the number at -1.
+    if i32::try_from(handle.dev_info().dev_id).is_err() {
+        return Err(Refusal::Errno(libc::EBUSY).tell("ADD_DEV"));
+    }
+    Ok(handle)
+}
+
+fn try_add(shape: &Shape) -> Result<UblkCtrl> {
+    UblkCtrlBuilder::default()
         .name("obd")
         .id(shape.id.unwrap_or(-1))
         .nr_queues(shape.queues)
@@ -140,13 +166,7 @@ fn add(shape: &Shape, control: &mut Control) -> Result<UblkCtrl> {
         .ctrl_flags(0)
         .dev_flags(UblkFlags::UBLK_DEV_F_ADD_DEV)
         .build()
-        .map_err(|error| told(&error, "ADD_DEV"))?;
-    handle.disown();
-    // libublk takes EBUSY for success and leaves the number at -1.
-    if i32::try_from(handle.dev_info().dev_id).is_err() {
-        return Err(Refusal::Errno(libc::EBUSY).tell("ADD_DEV"));
-    }
-    Ok(handle)
+        .map_err(|error| told(&error, "ADD_DEV"))
 }
 
 /// Opens `/dev/ublkcN`; libublk waits 3 s for udev to allow it.
@@ -161,16 +181,20 @@ fn bring_up<D: Disk>(
     control: &mut Control,
     handle: &UblkCtrl,
     device: &Arc<UblkDev>,
-    threads: &mut Vec<JoinHandle<()>>,
+    threads: &mut Vec<JoinHandle<TagBuffers>>,
 ) -> Result<Started> {
     let info = device.dev_info;
     let id = info.dev_id;
     control
         .set_params(id, &plan.params)
         .map_err(|refusal| refusal.tell(&format!("SET_PARAMS of device {id}")))?;
+    let buffer_bytes = to_usize(u64::from(info.max_io_buf_bytes)).unwrap_or(0);
+    let buffers =
+        (0..info.nr_hw_queues).map(|_| queue::tag_buffers(info.queue_depth, buffer_bytes));
+    let buffers = buffers.collect::<Result<Vec<_>>>()?;
     let masks = queue_masks(handle, info.nr_hw_queues);
-    let spawned = (0..info.nr_hw_queues).zip(masks).try_for_each(|(queue_index, cpus)| {
-        threads.push(spawn_queue(plan, device, queue_index, cpus)?);
+    let spawned = (0_u16..).zip(masks.into_iter().zip(buffers)).try_for_each(|(index, given)| {
+        threads.push(spawn_queue(plan, device, index, given)?);
         Ok(())
     });
     // Also after a failure: STOP_DEV only reaches tags that have been handed in.
@@ -214,13 +238,13 @@ fn spawn_queue<D: Disk>(
     plan: &Plan<D>,
     device: &Arc<UblkDev>,
     queue_index: u16,
-    cpus: Vec<usize>,
-) -> Result<JoinHandle<()>> {
+    (cpus, mut buffers): (Vec<usize>, TagBuffers),
+) -> Result<JoinHandle<TagBuffers>> {
     let (disk, device) = (Arc::clone(&plan.disk), Arc::clone(device));
     let (counters, events) = (Arc::clone(&plan.counters), plan.events.0.clone());
     let bounds = Bounds {
         sectors: plan.params.basic.dev_sectors,
-        buffer_bytes: to_usize(u64::from(device.dev_info.max_io_buf_bytes)).unwrap_or(0),
+        buffer_bytes: buffers.first().map_or(0, |buffer| buffer.len()),
     };
     let name = format!("ublk{}q{queue_index}", device.dev_info.dev_id);
     let serve = move || {
@@ -233,11 +257,13 @@ fn spawn_queue<D: Disk>(
             counters: &counters,
             bounds,
         };
-        let served = queue::serve(&setup, || {
+        let served = queue::serve(&setup, &mut buffers, || {
             guard.was_ready = true;
             let _ = events.send(Event::Ready);
         });
         guard.error = served.map_err(|e| e.context(format!("serve queue {queue_index}"))).err();
+        drop(guard);
+        buffers
     };
     let spawned = std::thread::Builder::new().name(name).spawn(serve);
     spawned.map_err(|error| Error::io("start a queue thread", &error))
@@ -314,7 +340,7 @@ fn undo<D: Disk>(
     plan: &Plan<D>,
     control: &mut Control,
     id: u32,
-    threads: Vec<JoinHandle<()>>,
+    threads: Vec<JoinHandle<TagBuffers>>,
     device: Option<Arc<UblkDev>>,
 ) -> Result<()> {
     let stopped = match control.stop(id) {
@@ -323,9 +349,9 @@ fn undo<D: Disk>(
     };
     let ended = wait_ended(plan, threads.len());
     if ended.is_ok() {
-        for thread in threads {
-            let _ = thread.join();
-        }
+        // All threads first, then all buffers.
+        let buffers: Vec<_> = threads.into_iter().map(JoinHandle::join).collect();
+        drop(buffers);
     }
     let deleted = match control.delete(id) {
         Ok(()) | Err(Refusal::Errno(libc::ENODEV)) => Ok(()),
@@ -333,9 +359,10 @@ fn undo<D: Disk>(
     };
     drop(device);
     stopped.and(ended).and(deleted)?;
-    control
-        .wait_gone(id, COMMAND_TIMEOUT)
-        .map_err(|refusal| refusal.tell(&format!("deleting device {id}")))
+    if !control.wait_free(id) {
+        tracing::info!(dev_id = id, "the number is taken until the last opener closes the device");
+    }
+    Ok(())
 }
 
 /// Waits until every queue thread is over.

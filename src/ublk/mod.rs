@@ -1,11 +1,11 @@
-//! The kernel front end: one [`Disk`](crate::disk::Disk) as `/dev/ublkbN`.
+//! The kernel front end: one [`Disk`] as `/dev/ublkbN`.
 //!
 //! ```text
-//!   Device::start -- device.rs -- control.rs       commands to /dev/ublk-control, with deadlines
+//!   Device::start -- device.rs -- control.rs    commands to /dev/ublk-control, with deadlines
 //!                       |
 //!                       +-- queue.rs -- answer.rs -- request.rs
-//!                           one thread   a request   descriptor in,
-//!                           per queue    is served   answer out
+//!                           one thread  a request    descriptor in,
+//!                           per queue   is served    answer out
 //! ```
 //!
 //! The server starts and stops devices here; the command line lists and deletes them. A read
@@ -15,7 +15,7 @@
 //!
 //! libublk is hidden behind this module; no type of it appears in a signature. It gives us
 //! ADD_DEV, the queue's descriptors and the fetch/commit commands. Its other control commands are
-//! not used, see [`control`], and neither is its `run_target`, which writes `/run/ublksrvd`: that
+//! not used, see `control.rs`, and neither is its `run_target`, which writes `/run/ublksrvd`: that
 //! folder never sees a file of ours.
 //!
 //! This module never reads a layer, never decides whether a device may be stopped (it does not
@@ -160,8 +160,8 @@ impl Device {
     }
 
     /// Stops and deletes the device: in-flight requests finish, later ones fail, nothing is left
-    /// in the kernel. Blocks until the queue threads are gone and the number is free. Works while
-    /// others hold the device open; a mounted file system loses its disk, so look first.
+    /// in the kernel. Blocks until the queue threads are gone. Works while others hold the device
+    /// open (they only keep its number taken); a mounted file system loses its disk, so look first.
     ///
     /// # Errors
     /// `Timeout` or `Kernel` when the kernel does not let go.
@@ -295,7 +295,7 @@ pub fn list() -> Result<Vec<KernelDevice>> {
 }
 
 /// Deletes a device whose server is dead. A live one is stopped first: its readers get errors and
-/// its server finds it gone. Returns when the number is free.
+/// its server finds it gone. The number is free soon after; [`Device::start`] waits for it.
 ///
 /// # Errors
 /// `NotFound`, or `Timeout`/`Kernel` when the kernel does not let go within the deadline.
@@ -306,18 +306,14 @@ pub fn delete(id: u32) -> Result<()> {
 fn try_delete(id: u32) -> Result<()> {
     let mut control = Control::open()?;
     control.info(id).map_err(|refusal| refusal.tell(&format!("GET_DEV_INFO of device {id}")))?;
-    let outcomes = [
-        ("STOP_DEV", control.stop(id)),
-        ("DEL_DEV", control.delete(id)),
-        ("the last holder's close", control.wait_gone(id, COMMAND_TIMEOUT)),
-    ];
-    for (step, outcome) in outcomes {
+    for (step, outcome) in [("STOP_DEV", control.stop(id)), ("DEL_DEV", control.delete(id))] {
         match outcome {
             // Somebody else having finished the job first is success.
             Ok(()) | Err(Refusal::Errno(libc::ENODEV)) => {}
             Err(refusal) => return Err(refusal.tell(&format!("{step} of device {id}"))),
         }
     }
+    control.wait_free(id);
     Ok(())
 }
 

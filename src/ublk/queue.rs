@@ -1,13 +1,13 @@
 //! The loop of one queue thread: take every request that is there, serve it, answer all at once.
 //!
-//! The thread owns its ring, its tags' buffers and its worker. A request is served to its end
-//! in the callback (a read fills the tag's buffer in place) and its answer is only queued; the
-//! next `io_uring_enter` hands in the answers of the whole batch and waits for more. So a batch
-//! of N requests costs one system call, and a read that hits allocates nothing and takes no lock.
-//! A read that blocks, blocks its queue.
+//! The thread has its own ring, tags' buffers and [`Worker`](crate::disk::Worker). A request
+//! is served to its end in the callback (a read fills the tag's buffer in place) and its answer is
+//! only queued; the next `io_uring_enter` hands in the answers of the whole batch and waits for
+//! more. So a batch of N requests costs one system call, and a read that hits allocates nothing
+//! and takes no lock. A read that blocks, blocks its queue.
 //!
-//! What libublk's own loop does not: it ends at any failed wait, an interrupted one included. Its
-//! wait has a timer of 20 s, so an idle queue wakes three times a minute and does nothing.
+//! libublk's own loop is not used: it ends at any failed wait, an interrupted one included. Its
+//! wait is: it has a timer of 20 s, so an idle queue wakes three times a minute and does nothing.
 #![allow(unsafe_code)]
 
 use super::answer::Server;
@@ -42,29 +42,26 @@ pub(super) struct Setup<'a, D: Disk> {
 /// # Errors
 /// Before `ready` was called: what could not be set up. After: the wait failed for good; the
 /// kernel fails what is in flight when the thread ends.
-pub(super) fn serve<D: Disk>(setup: &Setup<'_, D>, ready: impl FnOnce()) -> Result<()> {
+pub(super) fn serve<D: Disk>(
+    setup: &Setup<'_, D>,
+    buffers: &mut TagBuffers,
+    ready: impl FnOnce(),
+) -> Result<()> {
     prepare_thread(setup.cpus)?;
     let device_id = setup.device.dev_info.dev_id;
     let mut server =
         Server::new(setup.disk, setup.bounds, setup.counters, (device_id, setup.queue_index))?;
     let depth = setup.device.dev_info.queue_depth;
     init_ring(u32::from(depth))?;
-    let mut buffers = tag_buffers(depth, setup.bounds.buffer_bytes)?;
     let queue = UblkQueue::new(setup.queue_index, setup.device)
         .map_err(|error| told(&error, "set up the queue"))?;
     let queue = queue
-        .submit_fetch_commands_unified(BufDescList::Slices(Some(&buffers)))
+        .submit_fetch_commands_unified(BufDescList::Slices(Some(buffers)))
         .map_err(|error| told(&error, "hand in the tags"))?;
     check_fetches(depth)?;
     ready();
 
-    let ended = run(&queue, &mut buffers, &mut server);
-    if ended.is_err() {
-        // Tags are still handed in. Their buffers stay the kernel's until the ring is gone, which
-        // is after this thread's last instruction.
-        std::mem::forget(buffers);
-    }
-    ended
+    run(&queue, buffers, &mut server)
 }
 
 fn prepare_thread(cpus: &[usize]) -> Result<()> {
@@ -94,10 +91,17 @@ fn init_ring(depth: u32) -> Result<()> {
     .map_err(|error| told(&error, "set up the queue's io_uring"))
 }
 
-/// One buffer per tag. Memory is taken when it is touched: a device that only ever sees small
-/// reads has only the front of its buffers.
-fn tag_buffers(depth: u16, buffer_bytes: usize) -> Result<Vec<IoBuf<u8>>> {
-    let buffers: Vec<IoBuf<u8>> = (0..depth).map(|_| IoBuf::new(buffer_bytes)).collect();
+/// One buffer per tag.
+pub(super) type TagBuffers = Vec<IoBuf<u8>>;
+
+/// The buffers of one queue. Memory is taken when it is touched: a device that only ever sees
+/// small reads has only the front of its buffers.
+///
+/// Made and freed by the device thread while no queue runs: a hundred mappings each way by several
+/// threads at once interrupt each other's processors every time (attach and detach of two queues
+/// took 3.5 times as long as of one in an emulated guest).
+pub(super) fn tag_buffers(depth: u16, buffer_bytes: usize) -> Result<TagBuffers> {
+    let buffers: TagBuffers = (0..depth).map(|_| IoBuf::new(buffer_bytes)).collect();
     for buffer in &buffers {
         if buffer.as_ptr().is_null() {
             let message = format!("no memory for {depth} buffers of {buffer_bytes} bytes");
