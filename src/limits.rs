@@ -47,3 +47,8 @@ pub const QUEUE_DEPTH_MAX: u16 = 4096;
 /// Hardware queues of one device. The kernel clamps to the number of CPUs; more than 32 queue
 /// threads per container disk help nobody.
 pub const QUEUE_COUNT_MAX: u16 = 32;
+
+/// Bytes of all tag buffers of one device (queues x depth x request size). They are touched
+/// lazily, so this is address space, but each buffer may be a mapping of its own and a process has
+/// 65530 of those by default; 8192 buffers of 512 KiB are 32 queues at depth 256.
+pub const TAG_BUFFER_BYTES_MAX: u64 = 4 << 30;

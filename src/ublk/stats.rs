@@ -1,0 +1,148 @@
+//! Counters of a served device: written by its queue threads, read by whoever asks.
+//!
+//! Each queue's counters have one writer and lie in cache lines of their own, so that counting
+//! costs a plain add and no reader slows a queue down. Only a failed request takes a lock, to
+//! leave its text.
+
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// What one queue has done since the device was started. Read while the queue runs, the numbers
+/// are each exact but not of the same instant.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueueStats {
+    /// Requests answered, failed ones included.
+    pub requests: u64,
+    /// Bytes of reads that succeeded.
+    pub read_bytes: u64,
+    /// Requests answered with an error.
+    pub errors: u64,
+    /// Reads that failed because the reader panicked; also counted in `errors`.
+    pub panics: u64,
+    /// Calls of `io_uring_enter`: with `requests` the size of a batch.
+    pub enters: u64,
+}
+
+/// What a device has done since it was started.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DeviceStats {
+    /// One entry per queue.
+    pub queues: Vec<QueueStats>,
+    /// The text of the last request that failed, with its whole chain.
+    pub last_error: Option<String>,
+}
+
+impl DeviceStats {
+    /// The sum over all queues.
+    #[must_use]
+    pub fn total(&self) -> QueueStats {
+        self.queues.iter().fold(QueueStats::default(), |sum, queue| QueueStats {
+            requests: sum.requests + queue.requests,
+            read_bytes: sum.read_bytes + queue.read_bytes,
+            errors: sum.errors + queue.errors,
+            panics: sum.panics + queue.panics,
+            enters: sum.enters + queue.enters,
+        })
+    }
+}
+
+/// One queue's counters. 128 bytes: two cache lines, because processors fetch pairs.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub(super) struct QueueCounters {
+    pub(super) requests: Counter,
+    pub(super) read_bytes: Counter,
+    pub(super) errors: Counter,
+    pub(super) panics: Counter,
+    pub(super) enters: Counter,
+}
+
+/// A number with one writer.
+#[derive(Debug, Default)]
+pub(super) struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds `amount`. Only the queue's own thread may call this: it is no atomic addition.
+    pub(super) fn add(&self, amount: u64) {
+        let value = self.0.load(Ordering::Relaxed).wrapping_add(amount);
+        self.0.store(value, Ordering::Relaxed);
+    }
+
+    pub(super) fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// All counters of one device.
+#[derive(Debug, Default)]
+pub(super) struct DeviceCounters {
+    queues: Vec<QueueCounters>,
+    last_error: Mutex<Option<String>>,
+}
+
+impl DeviceCounters {
+    pub(super) fn new(queues: u16) -> Self {
+        Self { queues: (0..queues).map(|_| QueueCounters::default()).collect(), ..Self::default() }
+    }
+
+    /// The counters of `queue`, if the device has that many.
+    pub(super) fn queue(&self, queue: u16) -> Option<&QueueCounters> {
+        self.queues.get(usize::from(queue))
+    }
+
+    pub(super) fn set_last_error(&self, text: String) {
+        *self.last_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(text);
+    }
+
+    pub(super) fn snapshot(&self) -> DeviceStats {
+        let last_error = self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let queues = self.queues.iter().map(|queue| QueueStats {
+            requests: queue.requests.get(),
+            read_bytes: queue.read_bytes.get(),
+            errors: queue.errors.get(),
+            panics: queue.panics.get(),
+            enters: queue.enters.get(),
+        });
+        DeviceStats { queues: queues.collect(), last_error }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_total_is_the_sum_over_the_queues() {
+        let counters = DeviceCounters::new(2);
+        for (queue, amount) in [(0, 1), (1, 10), (1, 100)] {
+            let queue = counters.queue(queue).unwrap();
+            queue.requests.add(amount);
+            queue.read_bytes.add(amount * 512);
+            queue.errors.add(amount * 2);
+            queue.panics.add(amount * 3);
+            queue.enters.add(amount * 4);
+        }
+        counters.set_last_error("first".into());
+        counters.set_last_error("second".into());
+        let stats = counters.snapshot();
+        assert_eq!(
+            (stats.queues[0].requests, stats.queues[1].requests, stats.last_error.as_deref()),
+            (1, 110, Some("second"))
+        );
+        let expected = QueueStats {
+            requests: 111,
+            read_bytes: 111 * 512,
+            errors: 222,
+            panics: 333,
+            enters: 444,
+        };
+        assert_eq!(stats.total(), expected);
+    }
+
+    #[test]
+    fn queues_do_not_share_cache_lines() {
+        assert_eq!(size_of::<QueueCounters>(), 128);
+        assert!(DeviceCounters::new(1).queue(1).is_none());
+    }
+}
