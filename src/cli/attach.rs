@@ -2,14 +2,10 @@
 
 use super::report;
 use crate::error::Result;
-use crate::limits::{
-    DETACH_SECONDS_DEFAULT, DEVICE_ID_MAX, QUEUE_COUNT_MAX, QUEUE_DEPTH_MAX, REQUEST_BYTES_MAX,
-};
-use crate::server::kernel::HostKernel;
-use crate::server::{self, AttachOptions, Attached, Order, RunDir};
+use crate::limits::{DEVICE_ID_MAX, QUEUE_COUNT_MAX, QUEUE_DEPTH_MAX, REQUEST_BYTES_MAX};
+use crate::server::{self, AttachOptions, Attached, Order};
 use serde_json::json;
 use std::path::PathBuf;
-use std::time::Duration;
 
 /// Make an image a block device and print the device's path
 ///
@@ -80,14 +76,7 @@ pub(crate) fn run(args: &Args, verbosity: u8) -> Result<()> {
     if args.foreground {
         return server::serve_foreground(&options, |attached| print_attached(args, attached));
     }
-    let attached = server::attach(&options)?;
-    print_attached(args, &attached).inspect_err(|_| {
-        // Nobody knows of the device: it would stay for ever.
-        let patience = Duration::from_secs(DETACH_SECONDS_DEFAULT);
-        if let Err(left) = server::detach(&RunDir::of_host(), &HostKernel, attached.id, patience) {
-            tracing::warn!("{left:#}");
-        }
-    })
+    server::attach(&options, |attached| print_attached(args, attached))
 }
 
 /// The hidden command that `attach` starts.

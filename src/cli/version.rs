@@ -13,7 +13,19 @@ pub(crate) struct Args {
 }
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
-const UBLK: bool = cfg!(feature = "ublk");
+
+/// The library behind the kernel front end, if there is one.
+const LIBUBLK: Option<&str> = libublk();
+
+#[cfg(feature = "ublk")]
+const fn libublk() -> Option<&'static str> {
+    Some(crate::ublk::LIBUBLK_VERSION)
+}
+
+#[cfg(not(feature = "ublk"))]
+const fn libublk() -> Option<&'static str> {
+    None
+}
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     if args.json {
@@ -23,11 +35,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                 "name": "obd-ublk",
                 "version": VERSION,
                 "architecture": architecture,
-                "features": {"ublk": UBLK},
+                "features": {"ublk": LIBUBLK.is_some()},
+            "libublk": LIBUBLK,
             }),
             true,
         );
     }
-    let ublk = if UBLK { "with ublk" } else { "without ublk" };
+    let ublk = LIBUBLK.map_or("without ublk".to_owned(), |version| format!("libublk {version}"));
     output::print(&format!("obd-ublk {VERSION} ({ublk})\n"))
 }

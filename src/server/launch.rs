@@ -17,7 +17,9 @@ use super::state::device_path;
 use super::{signals, survey, wire};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::image::{Image, read_config};
-use crate::limits::{ATTACH_SECONDS_MAX, LAST_WORDS_BYTES_MAX, READY_LINE_BYTES_MAX};
+use crate::limits::{
+    ATTACH_SECONDS_MAX, DETACH_SECONDS_DEFAULT, LAST_WORDS_BYTES_MAX, READY_LINE_BYTES_MAX,
+};
 use crate::units::to_u64;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -66,14 +68,26 @@ struct Prepared {
     run: RunDir,
 }
 
-/// Starts a server that outlives this process; returns once its device can be opened and the
-/// config's result file says so.
+/// Starts a server that outlives this process. `announce` is called once its device can be opened
+/// and the config's result file says so; if that fails, the device is detached: nobody would know
+/// of it.
 ///
 /// # Errors
 /// Whatever keeps the device from coming up, also in the result file. Nothing is left then.
-pub fn attach(options: &AttachOptions) -> Result<Attached> {
+pub fn attach(
+    options: &AttachOptions,
+    announce: impl FnOnce(&Attached) -> Result<()>,
+) -> Result<()> {
     let prepared = prepare(options)?;
-    let outcome = start_and_wait(options, &prepared);
+    let outcome = start_and_wait(options, &prepared).and_then(|attached| {
+        announce(&attached).inspect_err(|_| {
+            let patience = Duration::from_secs(DETACH_SECONDS_DEFAULT);
+            let detached = survey::detach(&prepared.run, &HostKernel, attached.id, patience);
+            if let Err(left) = detached {
+                tracing::warn!("{left:#}");
+            }
+        })
+    });
     if let Err(error) = &outcome {
         report(prepared.result_file.as_ref(), error);
     }
@@ -93,7 +107,7 @@ pub fn serve_foreground(
     let prepared = prepare(options)?;
     let (sender, inbox) = channel();
     let housing = Foreground { events: sender.clone(), announce };
-    serve(&prepared, &Mailbox { sender, inbox }, &housing)
+    serve(prepared, &Mailbox { sender, inbox }, &housing)
 }
 
 /// The server's side of [`attach`]: tells how it went on standard output, then serves until it is
@@ -118,15 +132,15 @@ fn serve_isolated(options: &AttachOptions, announced: &Cell<bool>) -> Result<()>
     let prepared = prepare(options)?;
     let (sender, inbox) = channel();
     let housing = Started { events: sender.clone(), announced };
-    serve(&prepared, &Mailbox { sender, inbox }, &housing)
+    serve(prepared, &Mailbox { sender, inbox }, &housing)
 }
 
-fn serve<H: Housing>(prepared: &Prepared, mailbox: &Mailbox, housing: &H) -> Result<()> {
+fn serve<H: Housing>(prepared: Prepared, mailbox: &Mailbox, housing: &H) -> Result<()> {
     let order = &prepared.order;
     let server = Server {
         order,
         view: &prepared.view,
-        result_file: prepared.result_file.as_ref(),
+        result_file: prepared.result_file,
         run: &prepared.run,
         kernel: &HostKernel,
         housing,

@@ -19,6 +19,8 @@
 mod client;
 mod config_view;
 mod control;
+#[cfg(test)]
+mod fake;
 mod isolate;
 pub mod kernel;
 mod launch;
@@ -30,6 +32,8 @@ mod serve;
 mod signals;
 mod state;
 mod survey;
+#[cfg(test)]
+mod tests;
 mod wire;
 
 pub use launch::{AttachOptions, Attached, SERVE_COMMAND, attach, serve_foreground, serve_started};

@@ -19,12 +19,16 @@ use crate::limits::DEVICE_ID_MAX;
 use std::fs::{DirBuilder, File, TryLockError};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// The variable that moves the folder, for tests and for several instances on one host.
 pub const RUN_DIR_VARIABLE: &str = "OBD_UBLK_RUN_DIR";
 
 /// Where it is otherwise.
 const RUN_DIR_DEFAULT: &str = "/run/obd-ublk";
+
+/// How often the maker of a new folder tries to lock it, a millisecond apart.
+const LOCK_TRIES_MAX: u32 = 20;
 
 /// The folder of all devices.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -133,8 +137,15 @@ impl RunDir {
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => return Ok(None),
             Err(error) => return Err(Error::io(format!("make {}", path.display()), &error)),
         }
-        // Between making and locking, a collector may have taken it for remains and removed it.
-        Slot::try_lock(path, id)
+        // Until it is locked it looks like remains. Somebody may be looking at it, which takes a
+        // moment, or has removed it, and then this number is lost.
+        for _ in 0..LOCK_TRIES_MAX {
+            if let Some(slot) = Slot::try_lock(path.clone(), id)? {
+                return Ok(Some(slot));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(None)
     }
 
     /// Locks the existing folder of device `id`; `None` when there is none or somebody holds it.

@@ -80,8 +80,8 @@ pub(super) struct Server<'a, K, H> {
     pub(super) order: &'a Order,
     /// The config as it was read.
     pub(super) view: &'a ConfigView,
-    /// Where to report success.
-    pub(super) result_file: Option<&'a ResultFile>,
+    /// Where to report how it went.
+    pub(super) result_file: Option<ResultFile>,
     /// Where devices are written down.
     pub(super) run: &'a RunDir,
     /// Who makes devices.
@@ -114,12 +114,16 @@ impl<K: Kernel, H: Housing> Server<'_, K, H> {
     /// Whatever keeps the device from coming up or from going away; in the first case nothing is
     /// left, in the second the folder stays for `detach`.
     pub(super) fn serve<D: Disk>(
-        &self,
+        mut self,
         mailbox: &Mailbox,
         open: impl FnOnce() -> Result<D>,
     ) -> Result<()> {
         match self.bring_up(mailbox, open) {
-            Ok((up, slot)) => self.serve_until_stopped(up, slot, &mailbox.inbox),
+            Ok((up, slot)) => {
+                // Kept open, it would keep its file system from being unmounted.
+                self.result_file = None;
+                self.serve_until_stopped(up, slot, &mailbox.inbox)
+            }
             Err(error) => {
                 // The caller reports failures too, but it may be gone.
                 if let Some(Err(left)) = self.result_file.map(|file| file.failed(&error)) {
@@ -264,7 +268,7 @@ impl<K: Kernel, H: Housing> Server<'_, K, H> {
         state.phase = Phase::Live;
         state.save(slot.path())?;
         let control = ControlSocket::listen(&slot.socket(), mailbox.sender.clone())?;
-        let reported = self.result_file.map_or(Ok(()), ResultFile::succeeded);
+        let reported = self.result_file.as_ref().map_or(Ok(()), ResultFile::succeeded);
         let announced = reported.and_then(|()| {
             check_not_told_to_stop(&mailbox.inbox)?;
             self.housing.announce(slot.id()).context(|| "tell the caller of the device".to_owned())

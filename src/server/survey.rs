@@ -16,6 +16,9 @@ use std::time::{Duration, Instant};
 /// The pause between two looks at something that is about to change.
 const LOOK_PAUSE: Duration = Duration::from_millis(20);
 
+/// How long an attach clears what others left before it gets on with its own work.
+const COLLECT_BUDGET: Duration = Duration::from_secs(30);
+
 /// How a device is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
@@ -111,13 +114,19 @@ fn status_of(state: &State, kernel: Option<KernelDevice>) -> Status {
 }
 
 /// Clears all our devices whose servers are dead. What cannot be cleared is left, with a warning:
-/// it must not keep a new device from coming up.
+/// it must not keep a new device from coming up. Nor may the kernel's slowness: after
+/// [`COLLECT_BUDGET`] the rest is left to the next attach.
 pub(super) fn collect_dead<K: Kernel>(run: &RunDir, kernel: &K) {
     let ids = run.ids().unwrap_or_else(|error| {
         tracing::warn!("{error:#}");
         Vec::new()
     });
+    let deadline = Instant::now() + COLLECT_BUDGET;
     for id in ids {
+        if Instant::now() >= deadline {
+            tracing::warn!("clearing dead devices takes too long; some are left");
+            return;
+        }
         match collect(run, kernel, id) {
             Ok(true) => tracing::info!(dev_id = id, "cleared a device whose server died"),
             Ok(false) => {}

@@ -1,0 +1,354 @@
+//! The device commands as people and the snapshotter meet them: the real program, its streams,
+//! its exit codes and the result file. Whether devices come up is tested in a VM; here is all that
+//! must hold on any host, whether it has the driver or not.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use serde_json::{Value, json};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+/// A folder with a run folder and a config in it.
+struct Sandbox {
+    folder: tempfile::TempDir,
+}
+
+impl Sandbox {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let run = folder.path().join("run");
+        std::fs::create_dir(&run).unwrap();
+        std::fs::set_permissions(&run, std::fs::Permissions::from_mode(0o700)).unwrap();
+        Self { folder }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn run_path(&self) -> PathBuf {
+        self.path("run")
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_obd-ublk"));
+        command
+            .args(arguments)
+            .current_dir(self.folder.path())
+            .env("OBD_UBLK_RUN_DIR", self.run_path())
+            .env_remove("OBD_UBLK_LOG")
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Ran {
+        Ran::of(&self.command(arguments).output().unwrap())
+    }
+
+    fn write_config(&self, content: &str) {
+        std::fs::write(self.path("config.v1.json"), content).unwrap();
+    }
+
+    fn result(&self) -> String {
+        std::fs::read_to_string(self.path("result")).unwrap()
+    }
+
+    fn assert_nothing_left(&self) {
+        assert_eq!(std::fs::read_dir(self.run_path()).unwrap().count(), 0);
+    }
+
+    /// What a server leaves that was killed: a state file that names a dead process.
+    fn leave_remains(&self, id: u32, config: &Path) -> PathBuf {
+        let folder = self.run_path().join(id.to_string());
+        std::fs::create_dir(&folder).unwrap();
+        let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+        let state = json!({
+            "schema": 1, "program": "0.1.0", "phase": "live", "id": id,
+            "boot_id": boot_id.trim(), "server": {"pid": std::process::id(), "start_ticks": 1},
+            "config": config, "config_content": {}, "service_config": null, "queues": null,
+            "depth": 128, "request_bytes": 4096, "read_only": true, "size_bytes": 4096,
+            "log": null, "attached_unix_ms": 0,
+        });
+        std::fs::write(folder.join("state.json"), state.to_string()).unwrap();
+        folder
+    }
+}
+
+struct Ran {
+    code: i32,
+    stdout: String,
+    stderr: String,
+}
+
+impl Ran {
+    fn of(output: &Output) -> Self {
+        Self {
+            code: output.status.code().expect("ended by a signal"),
+            stdout: String::from_utf8(output.stdout.clone()).unwrap(),
+            stderr: String::from_utf8(output.stderr.clone()).unwrap(),
+        }
+    }
+
+    /// Asserts a failure that is told in one line, which is returned without its start.
+    fn failed(&self, code: i32) -> &str {
+        assert_eq!((self.code, self.stdout.as_str()), (code, ""), "{}", self.stderr);
+        let line = self.stderr.strip_suffix('\n').unwrap();
+        assert!(!line.contains('\n'), "{line}");
+        line.strip_prefix("obd-ublk: ").unwrap()
+    }
+}
+
+/// A config over layers of the golden set.
+fn good_config() -> String {
+    let layers = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden/ext4-3layers");
+    let layer = |name: &str| json!({"file": layers.join(name).join("overlaybd.commit")});
+    let config = json!({
+        "repoBlobUrl": "",
+        "lowers": [layer("l0"), layer("l1"), layer("l2")],
+        "upper": {},
+        "resultFile": "result",
+    });
+    config.to_string()
+}
+
+#[test]
+fn a_config_that_is_cut_off_is_reported_where_its_result_file_says() {
+    let sandbox = Sandbox::new();
+    sandbox.write_config("{\"resultFile\":\"result\",\"lowers\":[");
+    let ran = sandbox.run(&["attach", "config.v1.json"]);
+    let line = ran.failed(2);
+    assert!(line.contains("config.v1.json: not valid JSON"), "{line}");
+    assert_eq!(sandbox.result(), format!("failed:{line}"));
+    sandbox.assert_nothing_left();
+}
+
+#[test]
+fn a_missing_layer_is_reported_and_leaves_nothing() {
+    let sandbox = Sandbox::new();
+    sandbox.write_config(r#"{"lowers":[{"file":"none"}],"upper":{},"resultFile":"result"}"#);
+    for foreground in [&["--foreground"][..], &[]] {
+        std::fs::write(sandbox.path("result"), "").unwrap();
+        let arguments = [&["attach", "config.v1.json"], foreground].concat();
+        let ran = sandbox.run(&arguments);
+        let line = ran.failed(6);
+        assert!(line.contains("layer 0"), "{line}");
+        assert_eq!(sandbox.result(), format!("failed:{line}"));
+        sandbox.assert_nothing_left();
+    }
+}
+
+#[test]
+fn a_writable_config_is_refused_with_the_flag_that_would_help() {
+    let sandbox = Sandbox::new();
+    let upper = r#"{"lowers":[],"upper":{"index":"i","data":"d"},"resultFile":"result"}"#;
+    sandbox.write_config(upper);
+    let ran = sandbox.run(&["attach", "config.v1.json"]);
+    let line = ran.failed(4);
+    assert!(line.contains("--read-only"), "{line}");
+    assert_eq!(sandbox.result(), format!("failed:{line}"));
+    // With the flag the upper is looked for.
+    sandbox.run(&["attach", "--read-only", "config.v1.json"]).failed(6);
+    sandbox.assert_nothing_left();
+}
+
+#[test]
+fn a_service_config_that_was_named_must_exist() {
+    let sandbox = Sandbox::new();
+    sandbox.write_config(&good_config());
+    let ran = sandbox.run(&["attach", "--service-config", "none.json", "config.v1.json"]);
+    assert!(ran.failed(6).contains("none.json"), "{}", ran.stderr);
+    sandbox.assert_nothing_left();
+}
+
+#[test]
+fn a_good_config_becomes_a_device_or_says_what_the_host_lacks() {
+    let sandbox = Sandbox::new();
+    sandbox.write_config(&good_config());
+    let ran = sandbox.run(&["attach", "config.v1.json"]);
+    if Path::new("/dev/ublk-control").exists() && ran.code == 0 {
+        let device = ran.stdout.strip_suffix('\n').unwrap();
+        assert_eq!(sandbox.result(), "success");
+        assert!(Path::new(device).exists());
+        assert_eq!(sandbox.run(&["detach", device]).code, 0);
+    } else if nix::unistd::geteuid().is_root() {
+        let line = ran.failed(4);
+        assert!(line.contains("modprobe ublk_drv"), "{line}");
+        assert_eq!(sandbox.result(), format!("failed:{line}"));
+    } else {
+        let line = ran.failed(1);
+        assert!(line.contains("CAP_SYS_ADMIN"), "{line}");
+    }
+    sandbox.assert_nothing_left();
+}
+
+#[test]
+fn a_captured_attach_does_not_hang_on_descriptors_of_its_caller() {
+    let sandbox = Sandbox::new();
+    sandbox.write_config(&good_config());
+    // The shell gives descriptor 7 to the program and waits for its last holder.
+    let script = "out=$( \"$0\" attach config.v1.json 7>&1 2>&1 ); echo \"$?:$out\"";
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", script, env!("CARGO_BIN_EXE_obd-ublk")])
+        .current_dir(sandbox.folder.path())
+        .env("OBD_UBLK_RUN_DIR", sandbox.run_path());
+    let ran = Ran::of(&command.output().unwrap());
+    if let Some(device) = ran.stdout.trim_end().strip_prefix("0:") {
+        assert_eq!(sandbox.run(&["detach", device]).code, 0);
+    } else {
+        assert!(ran.stdout.contains(":obd-ublk: "), "{}", ran.stdout);
+    }
+    sandbox.assert_nothing_left();
+}
+
+#[test]
+fn wrong_arguments_end_with_64_and_help_with_0() {
+    let sandbox = Sandbox::new();
+    for arguments in [
+        &["bogus"][..],
+        &[],
+        &["attach"],
+        &["attach", "c", "--depth", "0"],
+        &["attach", "c", "--depth", "4097"],
+        &["attach", "c", "--queues", "33"],
+        &["attach", "c", "--id", "1048576"],
+        &["detach", "0", "--timeout", "-1"],
+    ] {
+        let ran = sandbox.run(arguments);
+        assert_eq!((ran.code, ran.stdout.as_str()), (64, ""), "{arguments:?}");
+    }
+    for arguments in [&["--help"][..], &["--version"], &["attach", "--help"]] {
+        let ran = sandbox.run(arguments);
+        assert_eq!((ran.code, ran.stderr.as_str()), (0, ""), "{arguments:?}");
+        assert!(!ran.stdout.is_empty());
+    }
+}
+
+#[test]
+fn an_error_of_a_json_command_is_json() {
+    let sandbox = Sandbox::new();
+    let ran = sandbox.run(&["attach", "--json", "none.json"]);
+    assert_eq!((ran.code, ran.stdout.as_str()), (6, ""));
+    let error: Value = serde_json::from_str(&ran.stderr).unwrap();
+    assert_eq!(error["error"]["kind"], "not-found");
+    assert_eq!(error["error"]["exit_code"], 6);
+    assert!(error["error"]["message"].as_str().unwrap().contains("none.json"));
+}
+
+#[test]
+fn a_device_that_does_not_exist_is_not_found() {
+    let sandbox = Sandbox::new();
+    for device in ["1048000", "/dev/ublkb1048000", "./none.json"] {
+        for command in ["detach", "stat"] {
+            sandbox.run(&[command, device]).failed(6);
+        }
+    }
+}
+
+#[test]
+fn the_remains_of_a_killed_server_are_listed_and_cleared() {
+    let sandbox = Sandbox::new();
+    sandbox.write_config("{}");
+    // No kernel has this many devices: the tests of a host with the driver are left alone.
+    let config = sandbox.path("config.v1.json");
+    let folder = sandbox.leave_remains(1_048_001, &config);
+    let ran = sandbox.run(&["list"]);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    assert!(ran.stdout.contains("/dev/ublkb1048001  dead   ro"), "{}", ran.stdout);
+    let listed: Value = serde_json::from_str(&sandbox.run(&["list", "--json"]).stdout).unwrap();
+    assert_eq!(listed["devices"][0]["state"], "dead");
+    assert_eq!(listed["devices"][0]["config"], config.to_str().unwrap());
+    let ran = sandbox.run(&["detach", "config.v1.json"]);
+    assert_eq!((ran.code, ran.stdout.as_str(), ran.stderr.as_str()), (0, "", ""));
+    assert!(!folder.exists());
+    assert_eq!(sandbox.run(&["list"]).stdout, "");
+}
+
+#[test]
+fn a_config_that_is_attached_twice_has_to_be_said_which() {
+    let sandbox = Sandbox::new();
+    sandbox.write_config("{}");
+    for id in [1_048_002, 1_048_003] {
+        sandbox.leave_remains(id, &sandbox.path("config.v1.json"));
+    }
+    let ran = sandbox.run(&["detach", "config.v1.json"]);
+    let line = ran.failed(64);
+    assert!(line.ends_with("say which: /dev/ublkb1048002, /dev/ublkb1048003"), "{line}");
+    for id in ["1048002", "1048003"] {
+        assert_eq!(sandbox.run(&["detach", id]).code, 0);
+    }
+    sandbox.assert_nothing_left();
+}
+
+#[test]
+fn a_state_file_of_a_newer_version_is_shown_and_left_alone() {
+    let sandbox = Sandbox::new();
+    let folder = sandbox.run_path().join("1048004");
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::write(folder.join("state.json"), "{\"schema\":2}").unwrap();
+    let ran = sandbox.run(&["list"]);
+    assert_eq!(ran.code, 0);
+    assert!(ran.stdout.contains("broken"), "{}", ran.stdout);
+    assert!(ran.stderr.contains("schema: found 2, expected 1"), "{}", ran.stderr);
+    let ran = sandbox.run(&["detach", "1048004"]);
+    let line = ran.failed(4);
+    assert!(line.contains(folder.join("state.json").to_str().unwrap()), "{line}");
+    assert!(folder.exists());
+}
+
+#[test]
+fn a_run_folder_that_others_can_write_to_is_not_used() {
+    let sandbox = Sandbox::new();
+    sandbox.write_config(&good_config());
+    let open_to_all = std::fs::Permissions::from_mode(0o777);
+    std::fs::set_permissions(sandbox.run_path(), open_to_all).unwrap();
+    let ran = sandbox.run(&["attach", "config.v1.json"]);
+    assert!(ran.failed(4).contains("mode 777"), "{}", ran.stderr);
+}
+
+#[test]
+fn doctor_ends_as_attach_would() {
+    let sandbox = Sandbox::new();
+    let plain = sandbox.run(&["doctor"]);
+    let ran = sandbox.run(&["doctor", "--json"]);
+    assert_eq!(plain.code, ran.code);
+    let facts: Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(facts["usable"], ran.code == 0);
+    assert!([0, 4].contains(&ran.code), "{}", ran.stderr);
+    for check in facts["checks"].as_array().unwrap() {
+        let mended = check["level"] == "ok" || check["mend"].is_string();
+        assert!(mended, "{check}");
+        assert!(plain.stdout.contains(check["detail"].as_str().unwrap()), "{check}");
+    }
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let sandbox = Sandbox::new();
+    for arguments in [&["version"][..], &["doctor"], &["generate", "completions", "bash"]] {
+        let (reader, writer) = UnixStream::pair().unwrap();
+        drop(reader);
+        let mut command = sandbox.command(arguments);
+        let output = command.stdout(OwnedFd::from(writer)).output().unwrap();
+        let ran = Ran::of(&output);
+        assert!([0, 4].contains(&ran.code), "{arguments:?}: {}", ran.stderr);
+        assert!(!ran.stderr.contains("panicked"), "{}", ran.stderr);
+    }
+}
+
+#[test]
+fn completions_and_manual_pages_know_every_command() {
+    let sandbox = Sandbox::new();
+    let ran = sandbox.run(&["generate", "completions", "bash"]);
+    assert_eq!(ran.code, 0);
+    std::fs::create_dir(sandbox.path("man")).unwrap();
+    assert_eq!(sandbox.run(&["generate", "man", "man"]).code, 0);
+    for command in ["attach", "detach", "list", "stat", "doctor", "version"] {
+        assert!(ran.stdout.contains(&format!("obd__ublk__{command}")), "{command}");
+        assert!(sandbox.path(&format!("man/obd-ublk-{command}.1")).exists(), "{command}");
+    }
+    assert!(!sandbox.path("man/obd-ublk-serve-device.1").exists(), "hidden");
+}
