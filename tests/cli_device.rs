@@ -347,8 +347,14 @@ fn completions_and_manual_pages_know_every_command() {
     std::fs::create_dir(sandbox.path("man")).unwrap();
     assert_eq!(sandbox.run(&["generate", "man", "man"]).code, 0);
     for command in ["attach", "detach", "list", "stat", "doctor", "version"] {
-        assert!(ran.stdout.contains(&format!("obd__ublk__{command}")), "{command}");
+        // The name that is set for the command, and the place where its options are.
+        for text in ["cmd=\"obd__ublk__subcmd__NAME\"\n", "  obd__ublk__subcmd__NAME)\n"] {
+            assert!(ran.stdout.contains(&text.replace("NAME", command)), "{command}");
+        }
         assert!(sandbox.path(&format!("man/obd-ublk-{command}.1")).exists(), "{command}");
     }
-    assert!(!sandbox.path("man/obd-ublk-serve-device.1").exists(), "hidden");
+    for shell in ["bash", "zsh", "fish"] {
+        let ran = sandbox.run(&["generate", "completions", shell]);
+        assert!(ran.stdout.contains("attach") && !ran.stdout.contains("serve-device"), "{shell}");
+    }
 }

@@ -34,15 +34,18 @@ pub(crate) struct ServeArgs {
     config: PathBuf,
 
     /// The number N of /dev/ublkbN [default: the lowest free one]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..=i64::from(DEVICE_ID_MAX)))]
+    #[arg(long, value_name = "N")]
+    #[arg(value_parser = clap::value_parser!(u32).range(..=i64::from(DEVICE_ID_MAX)))]
     id: Option<u32>,
 
     /// Hardware queues, each with a thread of its own [default: chosen by the number of CPUs]
-    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUE_COUNT_MAX)))]
+    #[arg(long, value_name = "COUNT")]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUE_COUNT_MAX)))]
     queues: Option<u16>,
 
     /// Requests in flight per queue
-    #[arg(long, value_name = "COUNT", default_value_t = 128, value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUE_DEPTH_MAX)))]
+    #[arg(long, value_name = "COUNT", default_value_t = 128)]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUE_DEPTH_MAX)))]
     depth: u16,
 
     /// Serve an image that has a writable upper without writes

@@ -21,7 +21,8 @@ pub(crate) struct Args {
     device: OsString,
 
     /// How long to wait for the device to be gone
-    #[arg(long, value_name = "SECONDS", default_value_t = DETACH_SECONDS_DEFAULT, value_parser = clap::value_parser!(u64).range(..=DETACH_SECONDS_MAX))]
+    #[arg(long, value_name = "SECONDS", default_value_t = DETACH_SECONDS_DEFAULT)]
+    #[arg(value_parser = clap::value_parser!(u64).range(..=DETACH_SECONDS_MAX))]
     timeout: u64,
 
     /// Print what was detached as JSON, and errors too

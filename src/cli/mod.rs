@@ -71,9 +71,18 @@ enum Command {
     Doctor(doctor::Args),
     Version(version::Args),
     Generate(generate::Args),
-    /// Serve a device for `attach`, which runs this; not for people
-    #[command(name = SERVE_COMMAND, hide = true)]
-    ServeDevice(attach::ServeArgs),
+}
+
+/// The command line by which `attach` runs this program as a server. Apart, so that no help, no
+/// completion and no manual page offers it to people.
+#[derive(Debug, Parser)]
+#[command(name = SERVE_COMMAND)]
+struct ServeCli {
+    #[command(flatten)]
+    args: attach::ServeArgs,
+
+    #[arg(short, action = ArgAction::Count)]
+    verbose: u8,
 }
 
 impl Command {
@@ -91,14 +100,12 @@ impl Command {
             Self::Doctor(args) => doctor::run(args),
             Self::Version(args) => version::run(args),
             Self::Generate(args) => generate::run(args),
-            Self::ServeDevice(args) => attach::run_server(args, verbosity),
         }
     }
 
-    /// What is told without `-v`: a server's log is for its operator, who was not there.
+    /// What is told without `-v`.
     fn verbosity(&self) -> Verbosity {
         match self {
-            Self::ServeDevice(_) => Verbosity::Events,
             Self::Attach(args) if args.foreground => Verbosity::Events,
             _ => Verbosity::Warnings,
         }
@@ -108,21 +115,30 @@ impl Command {
 /// The whole program: reads the arguments of this process, returns its exit code.
 #[must_use]
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
+    let mut arguments = std::env::args_os().skip(1).peekable();
+    let outcome = if arguments.peek().is_some_and(|first| first == SERVE_COMMAND) {
+        ServeCli::try_parse_from(arguments).map(|cli| {
+            // A server's log is for its operator, who was not there.
+            telemetry::init(Verbosity::Events.raised(cli.verbose));
+            attach::run_server(&cli.args, cli.verbose)
+        })
+    } else {
+        Cli::try_parse().map(|cli| {
+            telemetry::init(cli.command.verbosity().raised(cli.verbose));
+            cli.command.run(cli.verbose)
+        })
+    };
+    match outcome {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) => {
+            report::print_error(&error, wants_json());
+            ExitCode::from(error.exit_code())
+        }
         Err(error) => {
             // Standard output may be closed already; there is nobody left to tell.
             let _ = error.print();
             let code = if error.use_stderr() { ErrorKind::Usage.exit_code() } else { 0 };
-            return ExitCode::from(code);
-        }
-    };
-    telemetry::init(cli.command.verbosity().raised(cli.verbose));
-    match cli.command.run(cli.verbose) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            report::print_error(&error, wants_json());
-            ExitCode::from(error.exit_code())
+            ExitCode::from(code)
         }
     }
 }
@@ -145,6 +161,7 @@ mod tests {
     #[test]
     fn the_definition_is_sound() {
         definition().debug_assert();
+        ServeCli::command().debug_assert();
     }
 
     #[test]

@@ -38,7 +38,7 @@ mod tests {
         assert_eq!(error_line(&error, false), "obd-ublk: detach: two lines");
         assert_eq!(
             error_line(&error, true),
-            r#"{"error":{"exit_code":12,"kind":"busy","message":"detach: two\nlines"}}"#
+            r#"{"error":{"kind":"busy","message":"detach: two\nlines","exit_code":12}}"#
         );
     }
 }

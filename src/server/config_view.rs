@@ -70,7 +70,7 @@ mod tests {
     fn the_result_file_is_found_in_a_config_that_is_otherwise_bad() {
         for (config, expected) in [
             (r#"{"resultFile":"/r/log","lowers":["#, Some("/r/log")),
-            (r#"{"lowers":7,"resultFile":"log"}"#, Some("/work/log")),
+            (r#"{"lowers":7,"resultFile":"log"}"#, Some("/w/log")),
             (r#"{"resultFile":"/a","upper":nonsense"#, Some("/a")),
             (r#"{"resultFile":""}"#, None),
             (r#"{"resultFile":7}"#, None),
@@ -79,7 +79,7 @@ mod tests {
             ("[]", None),
             ("", None),
         ] {
-            let found = result_file(config.as_bytes(), Path::new("/work"));
+            let found = result_file(config.as_bytes(), Path::new("/w"));
             assert_eq!(found.as_deref(), expected.map(Path::new), "{config}");
         }
     }

@@ -4,11 +4,9 @@
 //! everything above is tested on hosts without the driver.
 
 use crate::disk::Disk;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use serde::{Deserialize, Serialize};
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::fs::File;
 use std::sync::Arc;
 
 /// A front end: it makes devices of disks and knows all devices of the host.
@@ -111,32 +109,17 @@ pub struct Counters {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct HostKernel;
 
-/// Opens a block device exclusively, read-only.
-fn open_exclusive(path: &Path) -> Result<File> {
-    let mut options = OpenOptions::new();
-    options.read(true).custom_flags(libc::O_EXCL | libc::O_NONBLOCK);
-    options.open(path).map_err(|error| {
-        if error.raw_os_error() == Some(libc::EBUSY) {
-            let message = format!("{} is mounted or held by another driver", path.display());
-            return Error::new(ErrorKind::Busy, message);
-        }
-        Error::io(format!("open {} exclusively", path.display()), &error)
-    })
-}
-
-/// Where sysfs shows block device `id` for as long as it can be opened.
-fn sys_block(id: u32) -> PathBuf {
-    PathBuf::from(format!("/sys/block/ublkb{id}"))
-}
-
 #[cfg(feature = "ublk")]
 mod real {
     use super::{
-        Counters, Disk, File, HostKernel, Kernel, KernelDevice, QueueCounters, Result, Served,
-        Wish, open_exclusive, sys_block,
+        Counters, Disk, File, HostKernel, Kernel, KernelDevice, QueueCounters, Result, Served, Wish,
     };
+    use crate::error::{Error, ErrorKind};
     use crate::server::state::device_path;
     use crate::ublk::{self, Device, DeviceOptions, QueueStats};
+    use std::fs::OpenOptions;
+    use std::os::unix::fs::OpenOptionsExt;
+    use std::path::{Path, PathBuf};
     use std::sync::Arc;
     use std::time::Duration;
 
@@ -215,14 +198,30 @@ mod real {
         }
         drop(held);
     }
+
+    /// Opens a block device exclusively, read-only.
+    fn open_exclusive(path: &Path) -> Result<File> {
+        let mut options = OpenOptions::new();
+        options.read(true).custom_flags(libc::O_EXCL | libc::O_NONBLOCK);
+        options.open(path).map_err(|error| {
+            if error.raw_os_error() == Some(libc::EBUSY) {
+                let message = format!("{} is mounted or held by another driver", path.display());
+                return Error::new(ErrorKind::Busy, message);
+            }
+            Error::io(format!("open {} exclusively", path.display()), &error)
+        })
+    }
+
+    /// Where sysfs shows block device `id` for as long as it can be opened.
+    fn sys_block(id: u32) -> PathBuf {
+        PathBuf::from(format!("/sys/block/ublkb{id}"))
+    }
 }
 
 #[cfg(not(feature = "ublk"))]
 mod absent {
-    use super::{
-        Counters, Disk, Error, ErrorKind, File, HostKernel, Kernel, KernelDevice, Result, Served,
-        Wish,
-    };
+    use super::{Counters, Disk, File, HostKernel, Kernel, KernelDevice, Result, Served, Wish};
+    use crate::error::{Error, ErrorKind};
     use std::sync::Arc;
 
     fn absent() -> Error {
