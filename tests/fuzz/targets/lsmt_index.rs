@@ -18,7 +18,7 @@ fuzz_target!(|data: &[u8]| {
     if let Ok(log) = lsmt::parse_writable_log(rest, 4096, end_sector) {
         assert!(log.iter().all(|s| s.sectors > 0));
     }
-    // Extents of up to 256 MiB: a file system that claims petabytes of data has petabytes of entries.
+    // Extents of up to 256 MiB: whoever has petabytes of data has petabytes worth of entries.
     let words: Vec<u64> =
         rest.chunks_exact(8).map(|b| u64::from_le_bytes(b.try_into().unwrap()) >> 36).collect();
     let extents: Vec<_> = words.chunks_exact(2).map(|w| w[0]..w[1]).collect();
