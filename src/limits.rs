@@ -15,6 +15,10 @@ pub const SEALED_INDEX_ENTRIES_MAX: u64 = 1_000_000;
 /// `MAX_LSMT_INDEX_SIZE`.
 pub const INDEX_ENTRIES_MAX: u64 = 128_000_000;
 
+/// Index entries of all layers of a stack together, before they are merged. Merging takes about 110
+/// bytes for each, so this is 2.2 GB in the worst case; production images have some 20,000.
+pub const MERGE_ENTRIES_MAX: usize = 20_000_000;
+
 /// Sectors of a layer's file that the merged map can address (48 bits, 128 PiB): the map packs
 /// layer and sector into one word.
 pub const LAYER_SECTORS_MAX: u64 = 1 << 48;

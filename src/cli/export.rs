@@ -27,6 +27,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         return with_progress(total, |progress| image.export_to_stream(&mut out, progress));
     }
     let output = OutputFile::create(&args.output)?;
+    if output.is_stream() {
+        with_progress(total, |progress| image.export_to_stream(&mut output.file(), progress))?;
+        return output.commit();
+    }
     if output.is_new() {
         let grown = output.file().set_len(total);
         grown.map_err(|error| Error::io(format!("grow {}", args.output.display()), &error))?;

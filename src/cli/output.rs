@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 use std::fs::File;
-use std::io::{IsTerminal, Write};
+use std::io::{IsTerminal, Seek, Write};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -154,6 +154,11 @@ impl OutputFile {
             Kind::Hidden(hidden) => hidden.as_file(),
             Kind::InPlace(file) => file,
         }
+    }
+
+    /// Whether it can only be written from front to back.
+    pub(super) fn is_stream(&self) -> bool {
+        (&mut self.file()).stream_position().is_err()
     }
 
     /// Whether the file is new and can have holes.

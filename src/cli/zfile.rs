@@ -6,7 +6,7 @@ use crate::image::{Payload, Scratch};
 use crate::source::Source;
 use crate::units::{to_u64, to_usize};
 use clap::Parser;
-use std::os::unix::fs::FileExt;
+use std::io::Write;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
@@ -45,7 +45,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             let len = to_u64(buffer.len()).min(payload.bytes() - here);
             let part = &mut buffer[..to_usize(len).unwrap_or(0)];
             scratch.read(&payload, 0, here, part).context(|| format!("extract {shown}"))?;
-            output.file().write_all_at(part, here).map_err(|error| failed(&error))?;
+            output.file().write_all(part).map_err(|error| failed(&error))?;
             here += len;
             progress.fetch_add(len, Ordering::Relaxed);
         }

@@ -8,9 +8,11 @@
 use super::layer::Layer;
 use super::reader::Scratch;
 use crate::error::{Error, ErrorKind, Result};
+use crate::source::{Source, data_extents};
 use crate::units::{to_u64, to_usize};
 use sha2::{Digest, Sha256};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Decompressed bytes in one piece of work: small enough to spread one layer over all cores, large
 /// enough that taking a piece costs nothing.
@@ -74,15 +76,15 @@ pub fn check_layers(
     digests: &[Option<String>],
     progress: &AtomicU64,
 ) -> Result<Vec<LayerReport>> {
-    let pieces = pieces(layers, digests);
-    let next = AtomicUsize::new(0);
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(pieces.len());
+    let plan = Work::plan(layers, digests)?;
+    let next = AtomicU64::new(0);
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let work = || -> Result<Vec<LayerReport>> {
         let mut reports: Vec<LayerReport> = layers.iter().map(|_| LayerReport::default()).collect();
         let mut scratch = Scratch::new(layers.iter().map(|layer| &layer.payload))?;
         let mut buffer = Vec::new();
-        while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
-            match *piece {
+        while let Some(piece) = plan.piece(next.fetch_add(1, Ordering::Relaxed)) {
+            match piece {
                 Piece::Content { layer, offset_bytes, len } => {
                     let range = (offset_bytes, len);
                     check_piece(layers, layer, range, &mut scratch, &mut buffer, &mut reports);
@@ -109,30 +111,74 @@ pub fn check_layers(
     })
 }
 
-/// The bytes that [`check_layers`] will count in its progress.
+/// The bytes that [`check_layers`] will count in its progress; may be more than it reads when a
+/// file has holes.
 #[must_use]
 pub fn work_bytes(layers: &[Layer], digests: &[Option<String>]) -> u64 {
-    let content: u64 = layers.iter().map(|layer| layer.payload.bytes()).sum();
+    let content = layers.iter().map(|layer| layer.payload.bytes());
     let with_digest = layers.iter().zip(digests).filter(|(_, digest)| digest.is_some());
-    content + with_digest.map(|(layer, _)| layer.payload.source().bytes()).sum::<u64>()
+    let hashed = with_digest.map(|(layer, _)| layer.payload.source().bytes());
+    content.chain(hashed).fold(0, u64::saturating_add)
 }
 
-fn pieces(layers: &[Layer], digests: &[Option<String>]) -> Vec<Piece> {
-    let mut pieces = Vec::new();
-    for (layer, open) in layers.iter().enumerate() {
-        if digests.get(layer).is_some_and(Option::is_some) {
-            // First: a digest is one long piece, the others fill the gaps.
-            pieces.insert(0, Piece::Digest { layer });
+/// A stretch of one layer's content; cut into pieces as they are taken.
+struct Span {
+    layer: usize,
+    bytes: Range<u64>,
+    // Number of its first piece.
+    first_piece: u64,
+}
+
+/// All work: digests first, as each is one long piece and the others fill the gaps; then content.
+struct Work {
+    digests: Vec<usize>,
+    spans: Vec<Span>,
+    pieces: u64,
+}
+
+impl Work {
+    fn plan(layers: &[Layer], digests: &[Option<String>]) -> Result<Self> {
+        let has_digest = |layer: &usize| digests.get(*layer).is_some_and(Option::is_some);
+        let digests: Vec<usize> = (0..layers.len()).filter(has_digest).collect();
+        let (mut spans, mut pieces) = (Vec::new(), to_u64(digests.len()));
+        for (layer, open) in layers.iter().enumerate() {
+            for bytes in stored_ranges(open)? {
+                let count = (bytes.end - bytes.start).div_ceil(PIECE_BYTES);
+                spans.push(Span { layer, bytes, first_piece: pieces });
+                pieces = pieces.saturating_add(count);
+            }
         }
-        let bytes = open.payload.bytes();
-        let mut offset_bytes = 0;
-        while offset_bytes < bytes {
-            let len = PIECE_BYTES.min(bytes - offset_bytes);
-            pieces.push(Piece::Content { layer, offset_bytes, len });
-            offset_bytes += len;
-        }
+        Ok(Self { digests, spans, pieces })
     }
-    pieces
+
+    fn piece(&self, number: u64) -> Option<Piece> {
+        if let Some(&layer) = to_usize(number).and_then(|number| self.digests.get(number)) {
+            return Some(Piece::Digest { layer });
+        }
+        if number >= self.pieces {
+            return None;
+        }
+        let after = self.spans.partition_point(|span| span.first_piece <= number);
+        let span = self.spans.get(after.checked_sub(1)?)?;
+        let offset_bytes = span.bytes.start + (number - span.first_piece) * PIECE_BYTES;
+        let len = PIECE_BYTES.min(span.bytes.end - offset_bytes);
+        Some(Piece::Content { layer: span.layer, offset_bytes, len })
+    }
+}
+
+/// What of a layer's content is to be read: all of a compressed one; of a plain file what is not a
+/// hole, for a hole has nothing that could be damaged.
+fn stored_ranges(layer: &Layer) -> Result<Vec<Range<u64>>> {
+    match layer.payload.source() {
+        Source::Mapped(file) if layer.payload.zfile().is_none() => {
+            let base = layer.payload.wrapping().offset_bytes;
+            let end = base + layer.payload.bytes();
+            let extents = data_extents(file, base)?.into_iter();
+            let inside = extents.map(|extent| extent.start - base..extent.end.min(end) - base);
+            Ok(inside.filter(|range| !range.is_empty()).collect())
+        }
+        _ => Ok(std::iter::once(0..layer.payload.bytes()).collect()),
+    }
 }
 
 /// A piece starts on a block boundary: every block size divides the piece size.

@@ -4,7 +4,7 @@ use super::Image;
 use super::reader::Reader;
 use crate::disk::{Disk, Worker};
 use crate::error::{Error, Result};
-use crate::map::{Extent, Target};
+use crate::map::Target;
 use crate::units::{SECTOR_SIZE, to_usize};
 use std::fs::File;
 use std::io::Write;
@@ -35,11 +35,9 @@ impl Image {
             let mut reader = self.worker()?;
             let mut buffer = vec![0; to_usize(PIECE_BYTES).unwrap_or(0)];
             loop {
-                let start = next.fetch_add(PIECE_BYTES, Ordering::Relaxed);
-                if start >= self.virtual_bytes() {
+                let Some((start, end)) = self.next_piece(&next, zeros_are_there, progress) else {
                     return Ok(());
-                }
-                let end = (start + PIECE_BYTES).min(self.virtual_bytes());
+                };
                 let stopped = self.export_piece(
                     &mut reader,
                     file,
@@ -67,6 +65,40 @@ impl Image {
         })
     }
 
+    /// Takes the next piece of work: a hole, however large, is passed over in one step where it
+    /// need not be written.
+    fn next_piece(
+        &self,
+        next: &AtomicU64,
+        zeros_are_there: bool,
+        progress: &AtomicU64,
+    ) -> Option<(u64, u64)> {
+        let total = self.virtual_bytes();
+        loop {
+            let start = next.load(Ordering::Relaxed);
+            if start >= total {
+                return None;
+            }
+            let mut end = start.saturating_add(PIECE_BYTES).min(total);
+            let first = self.map().extents(start / SECTOR_SIZE, u64::MAX).next()?;
+            let extent_end = (first.start_sector + first.sectors) * SECTOR_SIZE;
+            let skip = zeros_are_there && first.target == Target::Zero && extent_end >= end;
+            if skip {
+                // Down to a piece's boundary, so that no block is decoded twice.
+                end =
+                    if extent_end == total { total } else { extent_end - extent_end % PIECE_BYTES };
+            }
+            let taken = next.compare_exchange(start, end, Ordering::Relaxed, Ordering::Relaxed);
+            if taken.is_err() {
+                continue;
+            }
+            if !skip {
+                return Some((start, end));
+            }
+            progress.fetch_add(end - start, Ordering::Relaxed);
+        }
+    }
+
     fn export_piece(
         &self,
         reader: &mut Reader,
@@ -75,10 +107,7 @@ impl Image {
         (start, end): (u64, u64),
         buffer: &mut [u8],
     ) -> Result<()> {
-        let (first, sectors) = (start / SECTOR_SIZE, (end - start) / SECTOR_SIZE);
-        if zeros_are_there && self.is_one_hole(first, sectors) {
-            return Ok(());
-        }
+        let first = start / SECTOR_SIZE;
         let buffer = &mut buffer[..to_usize(end - start).unwrap_or(0)];
         reader.read(first, buffer)?;
         let failed = |at: u64, error: &std::io::Error| {
@@ -95,12 +124,6 @@ impl Image {
             at += crate::units::to_u64(part.len());
         }
         Ok(())
-    }
-
-    fn is_one_hole(&self, first_sector: u64, sectors: u64) -> bool {
-        let mut extents = self.map().extents(first_sector, sectors);
-        matches!(extents.next(), Some(Extent { target: Target::Zero, .. }))
-            && extents.next().is_none()
     }
 
     /// Writes the disk's content to a stream, in order, zeros and all.

@@ -118,7 +118,11 @@ impl Payload {
     pub fn read_stored(&self, offset_bytes: u64, dst: &mut [u8]) -> Result<()> {
         // The sum cannot overflow: the wrapping was checked to lie inside the file, and the source
         // refuses what lies beyond it.
-        self.source.read(self.wrapping.offset_bytes.saturating_add(offset_bytes), dst)
+        let at_byte = self.wrapping.offset_bytes.saturating_add(offset_bytes);
+        match &self.zfile {
+            Some(part) if part.header.has_block_crc => self.source.read_vouched(at_byte, dst),
+            _ => self.source.read(at_byte, dst),
+        }
     }
 }
 

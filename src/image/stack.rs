@@ -7,7 +7,7 @@ use super::{Image, Parts};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::config::{ImageConfig, ServiceConfig};
 use crate::format::lsmt::SegmentMapping;
-use crate::limits::LAYER_COUNT_MAX;
+use crate::limits::{LAYER_COUNT_MAX, MERGE_ENTRIES_MAX};
 use crate::map::{FlatMap, Run, Stroke, Target, paint};
 use crate::units::SECTOR_SIZE;
 use std::sync::Arc;
@@ -85,7 +85,12 @@ impl Stack {
     /// # Errors
     /// `Corrupt` when together they are larger than the map can address.
     pub fn merge(&self) -> Result<FlatMap> {
-        let count = self.layers.iter().map(|layer| layer.segments.len()).sum();
+        let count: usize = self.layers.iter().map(|layer| layer.segments.len()).sum();
+        if count > MERGE_ENTRIES_MAX {
+            let message =
+                format!("{count} index entries in all layers, at most {MERGE_ENTRIES_MAX}");
+            return Err(Error::new(ErrorKind::Unsupported, message));
+        }
         let mut strokes = Vec::with_capacity(count);
         for (layer, height) in self.layers.iter().zip(0_u16..) {
             match layer.kind {

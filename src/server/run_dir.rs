@@ -16,8 +16,9 @@
 use super::state::State;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::DEVICE_ID_MAX;
+use nix::fcntl::OFlag;
 use std::fs::{DirBuilder, File, TryLockError};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -184,7 +185,10 @@ pub struct Slot {
 impl Slot {
     fn try_lock(path: PathBuf, id: u32) -> Result<Option<Self>> {
         let told = |error: &std::io::Error| Error::io(format!("lock {}", path.display()), error);
-        let folder = match File::open(&path) {
+        // Whatever lies there under a number: opening it must not wait for somebody.
+        let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+        let opened = File::options().read(true).custom_flags(flags.bits()).open(&path);
+        let folder = match opened {
             Ok(folder) => folder,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(told(&error)),

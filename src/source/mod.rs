@@ -69,6 +69,22 @@ impl Source {
         }
     }
 
+    /// As [`Source::read`] for bytes whose checksum the caller compares before it believes them:
+    /// cheaper, and what a truncation took away may read as zeros.
+    ///
+    /// # Errors
+    /// As [`Source::read`].
+    #[inline]
+    pub fn read_vouched(&self, offset_bytes: u64, dst: &mut [u8]) -> Result<()> {
+        let end = offset_bytes.checked_add(to_u64(dst.len()));
+        match self {
+            Self::Mapped(file) if end.is_some_and(|end| end <= file.bytes()) => {
+                file.read_vouched(offset_bytes, dst)
+            }
+            _ => self.read(offset_bytes, dst),
+        }
+    }
+
     #[cold]
     fn beyond_the_end(&self, offset_bytes: u64, len: usize) -> Error {
         let have = self.bytes();

@@ -336,6 +336,12 @@ pub fn layout(header: &Header, trailer: Option<&Header>, payload_bytes: u64) -> 
             format!("a jump table of {blocks} entries between {HEADER_BYTES} and {room}");
         return Err(Error::corrupt("zfile: index_offset", at(INDEX_OFFSET_AT), start, expected));
     };
+    // Every block takes a byte and its checksum: a table cannot be longer than what it tells of.
+    let least = blocks.saturating_mul(if believed.has_block_crc { 5 } else { 1 });
+    if start - HEADER_BYTES < least {
+        let expected = format!("at least {least} bytes of blocks before the jump table");
+        return Err(Error::corrupt("zfile: index_offset", at(INDEX_OFFSET_AT), start, expected));
+    }
     Ok(Layout { header: believed.clone(), index: start..end })
 }
 
