@@ -81,7 +81,7 @@ in_guest() {
         "$folder/rublk" add loop -f /tmp/bench/raw -q 1 --buffered-io >/tmp/bench/rublk.log 2>&1 ||
             "$folder/rublk" add loop -f /tmp/bench/raw -q 1 >/tmp/bench/rublk.log 2>&1
         sleep 1
-        dev=$(ls /dev/ublkb* | head -n 1)
+        dev=$(find /dev -maxdepth 1 -name 'ublkb*' | head -n 1)
         pid=$(pgrep -o rublk)
         run_cases rublk-loop
         "$folder/rublk" del -a >/dev/null 2>&1

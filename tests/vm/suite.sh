@@ -1,4 +1,6 @@
 #!/usr/bin/env bash
+# shellcheck disable=SC2317 # the checks are called by name, through check()
+#
 # The device, proved in a real kernel. Runs as root inside the virtual machine, started by
 # tests/vm.rs with the folder that it prepared:
 #
@@ -182,7 +184,7 @@ parallel_readers_meet_no_error() {
     local dev
     dev=$(obd-ublk attach "$folder/cases/ext4-3layers-3/config.json")
     for direct in 0 1; do
-        fio --name=readers --filename="$dev" --readonly --rw=randread --bs=4k --direct=$direct \
+        fio --name=readers --filename="$dev" --readonly --rw=randread --bs=4k --direct="$direct" \
             --ioengine=io_uring --iodepth=32 --numjobs=4 --size=64m --io_size=24m \
             --group_reporting --output=/tmp/fio.log
     done
@@ -303,8 +305,8 @@ a_foreground_server_stops_cleanly_on_sigterm() {
         sleep 0.1
     done
     dd if="$(cat /tmp/foreground)" of=/dev/null bs=4096 count=1 iflag=direct
-    kill -TERM $pid
-    expect_status 0 wait $pid
+    kill -TERM "$pid"
+    expect_status 0 wait "$pid"
     nothing_left
 }
 
