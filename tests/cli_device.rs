@@ -2,6 +2,8 @@
 //! its exit codes and the result file. Whether devices come up is tested in a VM; here is all that
 //! must hold on any host, whether it has the driver or not.
 
+// Without the front end every one of these commands says the same: not built with it.
+#![cfg(feature = "ublk")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use serde_json::{Value, json};
@@ -112,6 +114,20 @@ fn good_config() -> String {
         "resultFile": "result",
     });
     config.to_string()
+}
+
+#[test]
+fn a_result_file_that_is_a_part_of_the_image_is_refused_and_left_alone() {
+    let sandbox = Sandbox::new();
+    std::fs::write(sandbox.path("layer"), "precious").unwrap();
+    for target in ["layer", "config.v1.json", "./layer"] {
+        let config = format!(r#"{{"lowers":[{{"file":"layer"}}],"resultFile":"{target}"}}"#);
+        sandbox.write_config(&config);
+        let ran = sandbox.run(&["attach", "config.v1.json"]);
+        assert_eq!(ran.code, 2, "{}", ran.stderr);
+        assert_eq!(std::fs::read(sandbox.path("layer")).unwrap(), b"precious");
+        assert_eq!(std::fs::read_to_string(sandbox.path("config.v1.json")).unwrap(), config);
+    }
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use super::output::{OutputFile, with_progress};
 use crate::error::{Error, Result};
-use crate::image::Image;
+use crate::image::{Stack, check_output, load_image_config, load_service_config};
 use clap::Parser;
 use std::path::PathBuf;
 
@@ -20,7 +20,10 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let image = Image::open_config(&args.config, args.service_config.as_deref())?;
+    let service = load_service_config(args.service_config.as_deref())?;
+    let (config, _) = load_image_config(&args.config)?;
+    check_output(&args.config, &config, &args.output)?;
+    let image = Stack::open(&config, &service)?.into_image()?;
     let total = image.virtual_bytes();
     if args.output.as_os_str() == "-" {
         let mut out = std::io::stdout().lock();

@@ -132,6 +132,14 @@ impl ImageConfig {
         Ok(config)
     }
 
+    /// Every local path that the image may be read from, in no order that matters.
+    #[must_use]
+    pub fn input_paths(&self) -> Vec<PathBuf> {
+        let lowers = self.lowers.iter().flat_map(LowerConfig::local_candidates);
+        let upper = self.upper.iter().flat_map(|upper| [&upper.data, &upper.index]);
+        lowers.chain(upper.map(PathBuf::from)).collect()
+    }
+
     /// The lowers that hold the disk, lowest first: without the trace layer, if there is one.
     #[must_use]
     pub fn stack_lowers(&self) -> &[LowerConfig] {

@@ -22,7 +22,9 @@ mod stack;
 
 pub use check::{LayerReport, check_layers, work_bytes};
 pub use layer::{Layer, LayerKind};
-pub use open::{load_image_config, load_service_config, looks_like_json, open_each, read_config};
+pub use open::{
+    check_output, load_image_config, load_service_config, looks_like_json, open_each, read_config,
+};
 pub use payload::{Payload, Wrapping, ZfilePart};
 pub use reader::{Reader, Scratch};
 pub use stack::{Provenance, Stack};

@@ -4,7 +4,7 @@ use super::layer::Layer;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::format::config::{ImageConfig, LowerConfig, ServiceConfig};
 use crate::limits::CONFIG_BYTES_MAX;
-use crate::source::{Source, open_regular};
+use crate::source::{Source, is_same_file, open_regular};
 use crate::units::to_u64;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -64,6 +64,26 @@ pub fn read_config(path: &Path) -> Result<Vec<u8>> {
         return Err(Error::new(ErrorKind::InvalidConfig, message));
     }
     Ok(bytes)
+}
+
+/// Refuses to write `output` where the image is read from: its config, a layer, its upper.
+///
+/// # Errors
+/// `InvalidConfig` naming both.
+pub fn check_output(config_path: &Path, config: &ImageConfig, output: &Path) -> Result<()> {
+    let inputs = config.input_paths();
+    let is_input = |input: &&Path| is_same_file(input, output);
+    let Some(input) =
+        std::iter::once(config_path).chain(inputs.iter().map(PathBuf::as_path)).find(is_input)
+    else {
+        return Ok(());
+    };
+    let message = format!(
+        "{} is a part of the image itself ({}) and must not be written",
+        output.display(),
+        input.display()
+    );
+    Err(Error::new(ErrorKind::InvalidConfig, message))
 }
 
 /// Whether a file is a config rather than a layer: its first character that is no space is `{`.

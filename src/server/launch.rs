@@ -16,7 +16,8 @@ use super::serve::{Housing, Mailbox, Order, Server, check_writable};
 use super::state::device_path;
 use super::{signals, survey, wire};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::image::{Image, read_config};
+use crate::format::config::ImageConfig;
+use crate::image::{Image, check_output, read_config};
 use crate::limits::{
     ATTACH_SECONDS_MAX, DETACH_SECONDS_DEFAULT, LAST_WORDS_BYTES_MAX, READY_LINE_BYTES_MAX,
 };
@@ -157,6 +158,10 @@ fn prepare(options: &AttachOptions) -> Result<Prepared> {
     order.service_config = order.service_config.map(|path| folder.join(path));
     let bytes = read_config(&order.config)?;
     let result_file = config_view::result_file(&bytes, &folder);
+    // A config that is wrong otherwise still gets its result file.
+    if let (Some(path), Ok(config)) = (&result_file, ImageConfig::parse(&bytes)) {
+        check_output(&order.config, &config, path).context(|| "use the resultFile".to_owned())?;
+    }
     let result_file = result_file.as_deref().map(ResultFile::open).transpose()?;
     let checked = check(&bytes, &folder, &order, options.read_only);
     if let Err(error) = &checked {

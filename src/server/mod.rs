@@ -8,8 +8,8 @@
 //! ```
 //!
 //! A crash, a leak or a kill takes one device, not the host's. What a successor needs is on disk
-//! before the device can be used ([`state`]); whatever kills a server, at most a folder and a dead
-//! kernel device are left, and [`survey`] clears both. The server never signals a process and
+//! before the device can be used (`state`); whatever kills a server, at most a folder and a dead
+//! kernel device are left, and `survey` clears both. The server never signals a process and
 //! never touches a device that no state file of ours names. The read path does not come through
 //! here: once the device is up, this module sleeps.
 //!

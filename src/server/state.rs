@@ -35,7 +35,7 @@ pub enum Phase {
 /// One device, as its server wrote it down.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
-    /// [`SCHEMA`] of the writer.
+    /// `SCHEMA` of the writer.
     pub schema: u32,
     /// The version of the program that wrote this.
     pub program: String,

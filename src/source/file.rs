@@ -3,7 +3,7 @@
 use crate::error::{Error, ErrorKind, Result};
 use nix::fcntl::OFlag;
 use std::fs::{File, OpenOptions};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 /// Opens a regular file for reading. Symbolic links are followed; anything that is not a regular
@@ -25,6 +25,13 @@ pub fn open_regular(path: &Path) -> Result<File> {
     }
     let message = format!("open {}: found {kind:?}, expected a regular file", path.display());
     Err(Error::new(ErrorKind::InvalidFormat, message))
+}
+
+/// Whether two paths lead to the same file. False when one of them leads nowhere.
+#[must_use]
+pub fn is_same_file(one: &Path, other: &Path) -> bool {
+    let identity = |path: &Path| std::fs::metadata(path).ok().map(|file| (file.dev(), file.ino()));
+    identity(one).is_some_and(|identity_of_one| Some(identity_of_one) == identity(other))
 }
 
 #[cfg(test)]

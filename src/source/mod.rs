@@ -9,7 +9,7 @@ mod file;
 mod holes;
 mod mmap;
 
-pub use file::open_regular;
+pub use file::{is_same_file, open_regular};
 pub use holes::data_extents;
 pub use mmap::MappedFile;
 
