@@ -2,7 +2,7 @@
 //! entries, against a binary search over the same starts; and of the merge itself.
 //!
 //! `cargo bench --bench lookup`; with `--count LAYERS LOOKUPS` it only looks up, for counting
-//! instructions (`benches/run` does, under valgrind).
+//! instructions (`benches/instructions.sh` does, under valgrind).
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 #![allow(clippy::cast_precision_loss)]
