@@ -4,7 +4,7 @@
 //! table is [`ErrorKind`]. The text is located: what, where, found, expected. The context is a
 //! verb phrase added on the way up ("open layer 3 (file a.lsmt)"); `{:#}` prints the whole chain.
 
-use std::fmt;
+use std::{fmt, io};
 
 /// Shorthand used throughout the library.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -148,13 +148,14 @@ impl Error {
     }
 
     /// A failed operating system call. The kind follows the errno; the errno itself is kept.
-    pub fn io(action: impl Into<String>, error: &std::io::Error) -> Self {
-        let kind = match error.raw_os_error() {
-            Some(libc::ENOENT | libc::ENOTDIR) => ErrorKind::NotFound,
-            Some(libc::ENOSPC | libc::EDQUOT) => ErrorKind::NoSpace,
-            Some(libc::EROFS) => ErrorKind::ReadOnly,
-            Some(libc::EBUSY) => ErrorKind::Busy,
-            Some(libc::ETIMEDOUT) => ErrorKind::Timeout,
+    pub fn io(action: impl Into<String>, error: &io::Error) -> Self {
+        // By the standard library's kind, which outlives being wrapped; the errno does not.
+        let kind = match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => ErrorKind::NotFound,
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::NoSpace,
+            io::ErrorKind::ReadOnlyFilesystem => ErrorKind::ReadOnly,
+            io::ErrorKind::ResourceBusy => ErrorKind::Busy,
+            io::ErrorKind::TimedOut => ErrorKind::Timeout,
             _ => ErrorKind::Io,
         };
         let mut this = Self::new(kind, format!("{}: {error}", action.into()));
@@ -250,5 +251,19 @@ mod tests {
         assert_eq!(Error::io("open x", &denied).errno(), libc::EACCES);
         let missing = std::io::Error::from_raw_os_error(libc::ENOENT);
         assert_eq!(Error::io("open x", &missing).kind(), ErrorKind::NotFound);
+        for (errno, kind) in [
+            (libc::ENOTDIR, ErrorKind::NotFound),
+            (libc::ENOSPC, ErrorKind::NoSpace),
+            (libc::EDQUOT, ErrorKind::NoSpace),
+            (libc::EROFS, ErrorKind::ReadOnly),
+            (libc::EBUSY, ErrorKind::Busy),
+            (libc::ETIMEDOUT, ErrorKind::Timeout),
+            (libc::EIO, ErrorKind::Io),
+        ] {
+            let error = std::io::Error::from_raw_os_error(errno);
+            assert_eq!(Error::io("x", &error).kind(), kind, "{errno}");
+            let wrapped = std::io::Error::new(error.kind(), "told by a library");
+            assert_eq!(Error::io("x", &wrapped).kind(), kind, "{errno}, wrapped");
+        }
     }
 }

@@ -76,6 +76,10 @@ pub const CONTROL_REPLY_BYTES_MAX: u64 = 256 * 1024;
 /// process with one short line to write; while it dawdles, the next client waits.
 pub const CONTROL_CLIENT_MS_MAX: u64 = 2000;
 
+/// Bytes of an error's text that travel between processes; escaped as JSON they take up to six
+/// times as much, which still fits the line.
+pub const ERROR_TEXT_BYTES_MAX: usize = 8 * 1024;
+
 /// Bytes of the line by which a server tells its starter how it went: one error text.
 pub const READY_LINE_BYTES_MAX: u64 = 64 * 1024;
 

@@ -96,12 +96,25 @@ pub(super) fn with_progress<T>(total_bytes: u64, work: impl FnOnce(&AtomicU64) -
                 std::thread::park_timeout(PROGRESS_PERIOD);
             }
         });
-        let result = work(&counter);
-        done.store(true, Ordering::Release);
-        watcher.thread().unpark();
-        bar.finish_and_clear();
-        result
+        let watcher = watcher.thread().clone();
+        let _ending = Ending { done: &done, watcher, bar: &bar };
+        work(&counter)
     })
+}
+
+/// Ends the watcher of a progress bar, also when the work panics: the scope waits for it.
+struct Ending<'a> {
+    done: &'a AtomicBool,
+    watcher: std::thread::Thread,
+    bar: &'a ProgressBar,
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.done.store(true, Ordering::Release);
+        self.watcher.unpark();
+        self.bar.finish_and_clear();
+    }
 }
 
 /// A file that a command writes. A regular file appears under its name only with

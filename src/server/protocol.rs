@@ -11,6 +11,7 @@
 
 use super::kernel::Counters;
 use crate::error::{Error, ErrorKind, Result};
+use crate::limits::ERROR_TEXT_BYTES_MAX;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -136,7 +137,13 @@ impl Refusal {
     /// `error`, ready to travel.
     #[must_use]
     pub fn of(error: &Error) -> Self {
-        Self { kind: error.kind().name().to_owned(), message: format!("{error:#}") }
+        let mut message = format!("{error:#}");
+        // What others wrote (a path, a digest) may be longer than the line that carries it.
+        if message.len() > ERROR_TEXT_BYTES_MAX {
+            message.truncate(message.floor_char_boundary(ERROR_TEXT_BYTES_MAX));
+            message.push_str("...");
+        }
+        Self { kind: error.kind().name().to_owned(), message }
     }
 
     /// The error as it was, its chain in one text. A kind of a newer version becomes `Io`.
@@ -234,6 +241,15 @@ fn line<T: Serialize>(value: &T) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_endless_error_text_still_fits_the_line_that_carries_it() {
+        let error = Error::new(ErrorKind::Unsupported, "\u{1}\u{e9}".repeat(100_000));
+        let line = encode_readiness(&Readiness::Failed(Refusal::of(&error)));
+        assert!(line.len() < usize::try_from(crate::limits::READY_LINE_BYTES_MAX).unwrap());
+        let Some(Readiness::Failed(refusal)) = parse_readiness(&line) else { panic!("{line:?}") };
+        assert_eq!(refusal.to_error().kind(), ErrorKind::Unsupported);
+    }
 
     #[test]
     fn requests_are_these_lines() {
