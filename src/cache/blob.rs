@@ -1,0 +1,549 @@
+//! A blob that lies elsewhere, read through the cache.
+//!
+//! A [`Slot`] is what all readers of one digest in this process share: the open files, the flights,
+//! the planner and the counters. A [`CachedBlob`] is one reader's view of it, with the reader's own
+//! way to fetch. A hit is a look at one byte for each extent and a copy out of a mapping; the rest
+//! of this file is for misses.
+
+use super::Shared;
+use super::digest::BlobDigest;
+use super::extent_set::{Extents, next_missing};
+use super::fill::{Brought, Filler, Patience, Purpose};
+use super::flight::{Begun, Flights, Outcome, Ticket, lock};
+use super::pair::Pair;
+use super::readahead::Readahead;
+use super::stats::{Counters, Stats, count};
+use super::store::Opened;
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::limits::{CACHE_AHEAD_BYTES_MAX, CACHE_COMMITS_MAX, CACHE_JOIN_BYTES_MAX};
+use crate::source::{Fetch, MappedFile, RemoteBlob};
+use crate::units::{to_u64, to_usize};
+use arc_swap::ArcSwap;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+/// What there is of a blob on this host.
+#[derive(Debug)]
+pub(super) enum Residence {
+    /// All of it, checked.
+    Whole(MappedFile),
+    /// Some of it.
+    Partial(Pair),
+    /// The cache cannot be used for it.
+    Nothing,
+}
+
+impl From<Opened> for Residence {
+    fn from(opened: Opened) -> Self {
+        match opened {
+            Opened::Whole(file) => Self::Whole(file),
+            Opened::Partial(pair) => Self::Partial(pair),
+        }
+    }
+}
+
+impl Residence {
+    /// The pair, if it is one.
+    pub(super) fn pair(&self) -> Option<&Pair> {
+        match self {
+            Self::Partial(pair) => Some(pair),
+            Self::Whole(_) | Self::Nothing => None,
+        }
+    }
+}
+
+/// One blob in this process.
+#[derive(Debug)]
+pub(super) struct Slot {
+    pub(super) digest: BlobDigest,
+    pub(super) extents: Extents,
+    pub(super) shared: Arc<Shared>,
+    pub(super) residence: ArcSwap<Residence>,
+    pub(super) counters: Counters,
+    flights: Flights,
+    planner: Mutex<Readahead>,
+    patience: Patience,
+    reopening: AtomicBool,
+    /// Whether it was read since the last tick.
+    pub(super) used: AtomicBool,
+    /// Bytes stored since the last tick.
+    pub(super) stored_bytes: AtomicU64,
+    /// Folders that are to have the blob as `overlaybd.commit` once it is complete.
+    pub(super) wanted_in: Mutex<Vec<PathBuf>>,
+    /// Whether somebody was asked to check and promote the whole.
+    pub(super) promotion_asked: AtomicBool,
+    /// How often the whole was found to have another digest.
+    pub(super) condemned: AtomicU32,
+}
+
+/// A blob that lies elsewhere, read through the cache. See [`super::Cache::blob`].
+#[derive(Debug)]
+pub struct CachedBlob {
+    slot: Arc<Slot>,
+    fetch: Arc<dyn Fetch>,
+    canceled: AtomicBool,
+}
+
+/// The background is not canceled: its fetches are.
+static NEVER: AtomicBool = AtomicBool::new(false);
+
+impl Slot {
+    pub(super) fn new(digest: BlobDigest, extents: Extents, shared: Arc<Shared>) -> Self {
+        let residence = shared.open(&digest, extents, false);
+        Self {
+            digest,
+            extents,
+            residence: ArcSwap::from_pointee(residence),
+            counters: Counters::default(),
+            flights: Flights::default(),
+            planner: Mutex::new(Readahead::new(extents.count(), extents.extent_bytes())),
+            patience: Patience::new(),
+            reopening: AtomicBool::new(false),
+            used: AtomicBool::new(true),
+            stored_bytes: AtomicU64::new(0),
+            wanted_in: Mutex::default(),
+            promotion_asked: AtomicBool::new(false),
+            condemned: AtomicU32::new(0),
+            shared,
+        }
+    }
+
+    /// Opens the blob's files anew, in place of `old`. Another thread that is at it already is
+    /// left alone.
+    pub(super) fn reopen(&self, old: &Arc<Residence>) {
+        if self.reopening.swap(true, Ordering::AcqRel) {
+            // It takes some system calls; the caller looks again.
+            std::thread::sleep(Duration::from_millis(1));
+            return;
+        }
+        if Arc::ptr_eq(&self.residence.load_full(), old) {
+            // That it still cannot be opened was told when it could not be at first.
+            let is_known = matches!(&**old, Residence::Nothing);
+            let opened = self.shared.open(&self.digest, self.extents, is_known);
+            self.residence.store(Arc::new(opened));
+        }
+        self.reopening.store(false, Ordering::Release);
+    }
+
+    /// Extents that are fetched by one request.
+    fn join_max(&self) -> u64 {
+        self.extents.in_bytes(CACHE_JOIN_BYTES_MAX)
+    }
+
+    /// Refuses a blob whose bytes were complete twice and wrong twice.
+    fn check_not_condemned(&self) -> Result<()> {
+        if self.condemned.load(Ordering::Relaxed) < 2 {
+            return Ok(());
+        }
+        let message = format!("{}: its bytes, fetched twice, have another digest", self.digest);
+        Err(Error::new(ErrorKind::Integrity, message))
+    }
+
+    fn filler<'a>(
+        &'a self,
+        pair: Option<&'a Pair>,
+        fetch: &'a dyn Fetch,
+        (purpose, canceled): (Purpose, &'a AtomicBool),
+        deadline: Instant,
+    ) -> Filler<'a> {
+        Filler {
+            extents: self.extents,
+            pair,
+            fetch,
+            counters: &self.counters,
+            gate: &self.shared.gate,
+            patience: &self.patience,
+            purpose,
+            canceled,
+            deadline,
+        }
+    }
+
+    /// Brings the extents of a ticket and lands it.
+    fn fly(
+        self: &Arc<Self>,
+        ticket: Ticket<'_>,
+        residence: &Arc<Residence>,
+        filler: &Filler<'_>,
+    ) -> Result<Brought> {
+        let extents = ticket.extents();
+        let mut stored = 0;
+        // Somebody may have landed between our look and our ticket.
+        let here = residence.pair().is_some_and(|pair| pair.states().are_here(&extents));
+        let brought = if here { Ok(Brought::Here) } else { filler.bring(&extents, &mut stored) };
+        if matches!(brought, Ok(Brought::Retired)) {
+            self.reopen(residence);
+        }
+        ticket.land(match &brought {
+            Ok(brought) => brought.outcome(self.extents.bytes_of(&extents).start),
+            Err(error) => Outcome::failed(error),
+        });
+        if stored > 0 {
+            self.stored_bytes.fetch_add(stored, Ordering::Relaxed);
+            if self.shared.gate.stored(stored) {
+                self.shared.trim_later(false);
+            }
+        }
+        if residence.pair().is_some_and(|pair| pair.states().is_complete()) {
+            self.promote_later();
+        }
+        if self.shared.gate.take_is_full() {
+            self.shared.trim_later(true);
+        } else if self.shared.gate.is_recheck_due() {
+            self.shared.trim_later(false);
+        }
+        brought
+    }
+
+    /// Fetches extents ahead of a reader, as long as nothing is in the way.
+    fn fetch_ahead(self: &Arc<Self>, fetch: &dyn Fetch, extents: Range<u64>) {
+        let deadline = Instant::now() + self.shared.settings.deadline;
+        let residence = self.residence.load_full();
+        let Some(pair) = residence.pair() else { return };
+        let filler = self.filler(Some(pair), fetch, (Purpose::Ahead, &NEVER), deadline);
+        let mut at = extents.start;
+        while at < extents.end {
+            let is_here = |extent| pair.states().are_here(&(extent..extent + 1));
+            let run = next_missing(at..extents.end, self.join_max(), is_here);
+            let Some(run) = run else { return };
+            at = run.end;
+            let Begun::Mine(ticket) = self.flights.begin(run, 0) else { continue };
+            at = ticket.extents().end;
+            if !matches!(self.fly(ticket, &residence, &filler), Ok(Brought::Here)) {
+                return;
+            }
+        }
+    }
+}
+
+impl CachedBlob {
+    pub(super) fn new(slot: Arc<Slot>, fetch: Arc<dyn Fetch>) -> Self {
+        Self { slot, fetch, canceled: AtomicBool::new(false) }
+    }
+
+    /// The counters of this blob, of all its readers in this process.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.slot.counters.read()
+    }
+
+    /// Whether every byte is here.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        self.is_here(0, self.bytes())
+    }
+
+    /// Has the background put the blob into the folder `dir` as `overlaybd.commit` once it is
+    /// complete and was found right, as [`super::Maintenance::commit_into`] does. False when too
+    /// many folders were asked for already.
+    pub fn commit_when_complete(&self, dir: PathBuf) -> bool {
+        let mut wanted = lock(&self.slot.wanted_in);
+        let is_known = wanted.contains(&dir);
+        if !is_known && wanted.len() < CACHE_COMMITS_MAX {
+            wanted.push(dir);
+            return true;
+        }
+        is_known
+    }
+
+    /// Brings these bytes here without reading them; for fetching a whole blob. Blocks as
+    /// [`RemoteBlob::read`] does, for each MiB anew.
+    ///
+    /// # Errors
+    /// As there; `NoSpace` when they cannot be kept, because fetching on would be in vain.
+    pub fn fill(&self, bytes: Range<u64>) -> Result<()> {
+        self.check_range(&bytes)?;
+        let extents = self.slot.extents.touched_by(&bytes);
+        let window = self.slot.extents.in_bytes(CACHE_AHEAD_BYTES_MAX);
+        let mut at = extents.start;
+        let mut spread_to = at;
+        let mut deadline = self.deadline();
+        while at < extents.end {
+            self.check_in_time(deadline)?;
+            self.slot.check_not_condemned()?;
+            let residence = self.slot.residence.load_full();
+            let pair = match &*residence {
+                Residence::Whole(_) => return Ok(()),
+                Residence::Partial(pair) => pair,
+                Residence::Nothing => return Err(self.not_kept()),
+            };
+            let is_here = |extent| pair.states().are_here(&(extent..extent + 1));
+            let run = next_missing(at..extents.end, self.slot.join_max(), is_here);
+            let Some(run) = run else { return Ok(()) };
+            if run.start > at {
+                // It goes on: each request has its own time.
+                at = run.start;
+                deadline = self.deadline();
+            }
+            // Half a window at a time, so that the background always has something to do.
+            if spread_to < extents.end && spread_to < at.saturating_add(window / 2).max(run.end) {
+                let from = spread_to.max(run.end);
+                spread_to = at.saturating_add(window).min(extents.end).max(from);
+                self.spread(from..spread_to);
+            }
+            if self.bring(&residence, run, deadline)?.is_some() {
+                return Err(self.not_kept());
+            }
+        }
+        Ok(())
+    }
+
+    fn not_kept(&self) -> Error {
+        let message = format!("{}: the cache cannot keep it", self.fetch.name());
+        Error::new(ErrorKind::NoSpace, message)
+    }
+
+    fn check_in_time(&self, deadline: Instant) -> Result<()> {
+        if self.canceled.load(Ordering::Relaxed) {
+            return Err(canceled());
+        }
+        if Instant::now() < deadline {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Timeout, "the deadline passed"))
+    }
+
+    fn deadline(&self) -> Instant {
+        Instant::now() + self.slot.shared.settings.deadline
+    }
+
+    fn check_range(&self, bytes: &Range<u64>) -> Result<()> {
+        if bytes.start <= bytes.end && bytes.end <= self.bytes() {
+            return Ok(());
+        }
+        let (name, have) = (self.fetch.name(), self.bytes());
+        let message = format!("read bytes {bytes:?} of {name}: the blob has only {have} bytes");
+        Err(Error::new(ErrorKind::OutOfRange, message))
+    }
+
+    /// By whom a flight is, for those who join it. Never 0, which is the background's.
+    fn fetcher(&self) -> usize {
+        Arc::as_ptr(&self.fetch).cast::<()>().addr()
+    }
+
+    /// A read that did not find everything here.
+    #[cold]
+    fn read_slowly(&self, offset_bytes: u64, dst: &mut [u8]) -> Result<()> {
+        let end = offset_bytes.saturating_add(to_u64(dst.len()));
+        self.check_range(&(offset_bytes..end))?;
+        if dst.is_empty() {
+            return Ok(());
+        }
+        count(&self.slot.counters.misses, 1);
+        self.plan_ahead(offset_bytes..end);
+        self.spread_rest(&(offset_bytes..end));
+        let deadline = self.deadline();
+        let mut at = offset_bytes;
+        let mut rest = dst;
+        while !rest.is_empty() {
+            let done = self.read_piece(at, rest, deadline).context(|| {
+                let name = self.fetch.name();
+                format!("read {} bytes at byte {offset_bytes} of {name}", end - offset_bytes)
+            })?;
+            at += to_u64(done);
+            rest = rest.get_mut(done..).unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    /// Reads the front of `dst`; how much. 0 when the caller has to look again.
+    fn read_piece(&self, at: u64, dst: &mut [u8], deadline: Instant) -> Result<usize> {
+        let slot = &self.slot;
+        self.check_in_time(deadline)?;
+        slot.check_not_condemned()?;
+        let extents = slot.extents.touched_by(&(at..at + to_u64(dst.len())));
+        let residence = slot.residence.load_full();
+        let mut run = match &*residence {
+            Residence::Whole(file) => {
+                if file.read_vouched(at, dst).is_ok() {
+                    return Ok(dst.len());
+                }
+                // The disk below the plain file fails: what cannot be read is fetched.
+                extents
+            }
+            Residence::Partial(pair) => {
+                let here =
+                    extents.clone().find(|extent| !pair.states().are_here(&(*extent..extent + 1)));
+                let here = extents.start..here.unwrap_or(extents.end);
+                if !here.is_empty() {
+                    return Ok(self.read_here(pair, &here, at, dst));
+                }
+                let is_here = |extent| pair.states().are_here(&(extent..extent + 1));
+                let run = next_missing(extents, slot.join_max(), is_here).unwrap_or(here);
+                pair.states().alike_front(run)
+            }
+            Residence::Nothing => extents,
+        };
+        run.end = run.end.min(run.start.saturating_add(slot.join_max()));
+        match self.bring(&residence, run, deadline)? {
+            Some((first_byte, bytes)) => Ok(copy_from(&bytes, first_byte, at, dst)),
+            None => Ok(0),
+        }
+    }
+
+    /// Copies what is here from a pair; 0 when its file fails.
+    fn read_here(&self, pair: &Pair, here: &Range<u64>, at: u64, dst: &mut [u8]) -> usize {
+        let length = self.slot.extents.bytes_of(here).end.saturating_sub(at);
+        let length = to_usize(length).unwrap_or(usize::MAX).min(dst.len());
+        let Some(front) = dst.get_mut(..length) else { return 0 };
+        if pair.read_if_here(at, front).is_some() {
+            return length;
+        }
+        tracing::warn!(digest = %self.slot.digest, ?here, "a file of the cache cannot be read");
+        pair.states().distrust(here.clone());
+        0
+    }
+
+    /// Brings missing extents, or waits for who does. The bytes from some byte of the blob on where
+    /// they could not be kept; `None` when it is time to look again.
+    fn bring(
+        &self,
+        residence: &Arc<Residence>,
+        run: Range<u64>,
+        deadline: Instant,
+    ) -> Result<Option<(u64, Arc<[u8]>)>> {
+        let slot = &self.slot;
+        let filler = slot.filler(
+            residence.pair(),
+            &*self.fetch,
+            (Purpose::Demand, &self.canceled),
+            deadline,
+        );
+        let flight = match slot.flights.begin(run.clone(), self.fetcher()) {
+            Begun::Theirs(flight) => flight,
+            Begun::Mine(ticket) => {
+                let first_byte = slot.extents.bytes_of(&ticket.extents()).start;
+                let brought = slot.fly(ticket, residence, &filler)?;
+                return Ok(brought.bytes().map(|bytes| (first_byte, bytes)));
+            }
+        };
+        count(&slot.counters.joined, 1);
+        let is_ours = flight.is_by(self.fetcher());
+        let until = if is_ours { deadline } else { slot.patience.until(deadline) };
+        match flight.wait(until) {
+            Ok(Outcome::Stored) => Ok(None),
+            Ok(Outcome::Bytes(first_byte, bytes)) => Ok(Some((first_byte, bytes))),
+            Ok(Outcome::Failed(kind, text)) if is_ours => Err(Error::new(kind, &*text)),
+            // Somebody else's credentials, or the background: we try for ourselves.
+            Ok(Outcome::Failed(..)) => Ok(None),
+            Err(error) if is_ours => Err(error),
+            Err(_) => {
+                let first_byte = slot.extents.bytes_of(&run).start;
+                let brought = filler.give_up_waiting(&run)?;
+                Ok(brought.bytes().map(|bytes| (first_byte, bytes)))
+            }
+        }
+    }
+
+    /// A read touches something that is missing or marked: what to fetch ahead of it?
+    fn plan_ahead(&self, bytes: Range<u64>) {
+        let slot = &self.slot;
+        let residence = slot.residence.load();
+        let Some(pair) = residence.pair() else { return };
+        let touched = slot.extents.touched_by(&bytes);
+        pair.states().unmark(touched.clone());
+        if !slot.shared.gate.is_open() {
+            return;
+        }
+        let Some(ahead) = lock(&slot.planner).observe(&touched) else { return };
+        pair.states().mark(ahead.mark);
+        self.spread(ahead.extents);
+    }
+
+    /// Has the background fetch what one request cannot bring of a long read, at the same time.
+    fn spread_rest(&self, bytes: &Range<u64>) {
+        let slot = &self.slot;
+        let touched = slot.extents.touched_by(bytes);
+        let residence = slot.residence.load();
+        let Some(pair) = residence.pair().filter(|_| slot.shared.gate.is_open()) else { return };
+        let is_here = |extent| pair.states().are_here(&(extent..extent + 1));
+        let first = next_missing(touched.clone(), slot.join_max(), is_here);
+        let Some(first) = first.filter(|first| first.end < touched.end) else { return };
+        let most = slot.extents.in_bytes(CACHE_AHEAD_BYTES_MAX);
+        self.spread(first.end..touched.end.min(first.end.saturating_add(most)));
+    }
+
+    /// Hands extents to the background, one job for each request.
+    fn spread(&self, extents: Range<u64>) {
+        let slot = &self.slot;
+        let mut at = extents.start;
+        while at < extents.end {
+            let piece = at..at.saturating_add(slot.join_max()).min(extents.end);
+            at = piece.end;
+            let (weak, fetch) = (Arc::downgrade(slot), Arc::clone(&self.fetch));
+            let job = move || {
+                if let Some(slot) = weak.upgrade() {
+                    slot.fetch_ahead(&*fetch, piece);
+                }
+            };
+            if !slot.shared.pool.push(Box::new(job)) {
+                count(&slot.counters.ahead_dropped, 1);
+            }
+        }
+    }
+}
+
+/// The error for who waits for nothing any more.
+pub(super) fn canceled() -> Error {
+    Error::new(ErrorKind::Canceled, "the reader is going away")
+}
+
+/// Copies what `bytes`, which begin at `first_byte`, have of `dst`, which begins at `at`.
+fn copy_from(bytes: &[u8], first_byte: u64, at: u64, dst: &mut [u8]) -> usize {
+    let from = at.checked_sub(first_byte).and_then(to_usize);
+    let Some(found) = from.and_then(|from| bytes.get(from..)) else { return 0 };
+    let length = found.len().min(dst.len());
+    let (Some(to), Some(from)) = (dst.get_mut(..length), found.get(..length)) else { return 0 };
+    to.copy_from_slice(from);
+    length
+}
+
+impl RemoteBlob for CachedBlob {
+    fn name(&self) -> &str {
+        self.fetch.name()
+    }
+
+    fn bytes(&self) -> u64 {
+        self.slot.extents.blob_bytes()
+    }
+
+    fn read(&self, offset_bytes: u64, dst: &mut [u8]) -> Result<()> {
+        let slot = &self.slot;
+        if !slot.used.load(Ordering::Relaxed) {
+            slot.used.store(true, Ordering::Relaxed);
+        }
+        count(&slot.counters.needed_bytes, to_u64(dst.len()));
+        let found = match &**slot.residence.load() {
+            Residence::Partial(pair) => pair.read_if_here(offset_bytes, dst),
+            Residence::Whole(file) => file.read_vouched(offset_bytes, dst).ok().map(|()| false),
+            Residence::Nothing => None,
+        };
+        let Some(is_marked) = found else { return self.read_slowly(offset_bytes, dst) };
+        count(&slot.counters.hits, 1);
+        if is_marked {
+            self.plan_ahead(offset_bytes..offset_bytes.saturating_add(to_u64(dst.len())));
+        }
+        Ok(())
+    }
+
+    fn is_here(&self, offset_bytes: u64, bytes: u64) -> bool {
+        let Some(end) = offset_bytes.checked_add(bytes).filter(|end| *end <= self.bytes()) else {
+            return false;
+        };
+        match &**self.slot.residence.load() {
+            Residence::Whole(_) => true,
+            Residence::Partial(pair) => {
+                pair.states().are_here(&self.slot.extents.touched_by(&(offset_bytes..end)))
+            }
+            Residence::Nothing => false,
+        }
+    }
+
+    fn cancel(&self) {
+        self.canceled.store(true, Ordering::Relaxed);
+        self.fetch.cancel();
+    }
+}

@@ -1,0 +1,293 @@
+//! Bringing extents that are missing: from what other processes stored, else by fetching.
+//!
+//! ```text
+//!   look at the records --all right--> done
+//!     missing: claim --taken--> look again a little later, past the cache when patience ends
+//!       claimed: look again, quarantine what is bad, fetch, data, record, let go
+//!   the disk fails, is full, over quota, or the extent's place is bad: fetch, keep nothing
+//! ```
+//!
+//! A claim is held while something is fetched, which ends at the deadline, and while it is stored.
+//! Where that takes long all the same (a dead disk, credentials that nobody brings, a process that
+//! is stopped), those who wait for the claim do not: they fetch for themselves ([`Patience`]).
+
+use super::blob::canceled;
+use super::claim::Claim;
+use super::extent_set::{Extents, next_missing};
+use super::flight::Outcome;
+use super::gate::Gate;
+use super::pair::Pair;
+use super::stats::{Counters, count};
+use crate::error::{Error, Result};
+use crate::limits::{CACHE_IMPATIENCE_MS, CACHE_PATIENCE_MS, CACHE_POLL_MS_MAX};
+use crate::source::Fetch;
+use crate::units::{to_u64, to_usize};
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// For whom extents are brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// A read waits for them.
+    Demand,
+    /// A reader may come to them: not worth waiting for anything, or fetching without keeping.
+    Ahead,
+}
+
+/// How it ended.
+#[derive(Debug)]
+pub(super) enum Brought {
+    /// They are here.
+    Here,
+    /// They could not be kept: their bytes, and what was stored in this call all the same.
+    Bytes(Arc<[u8]>),
+    /// The pair was evicted, removed or became a plain file: another must be opened.
+    Retired,
+    /// Nothing was worth doing.
+    Nothing,
+}
+
+impl Brought {
+    /// The bytes of what could not be kept.
+    pub(super) fn bytes(self) -> Option<Arc<[u8]>> {
+        match self {
+            Self::Bytes(bytes) => Some(bytes),
+            Self::Here | Self::Retired | Self::Nothing => None,
+        }
+    }
+
+    /// What those who joined the flight get. `first_byte` is where the bytes begin in the blob.
+    pub(super) fn outcome(&self, first_byte: u64) -> Outcome {
+        match self {
+            Self::Bytes(bytes) => Outcome::Bytes(first_byte, Arc::clone(bytes)),
+            Self::Here | Self::Retired | Self::Nothing => Outcome::Stored,
+        }
+    }
+}
+
+/// How long to wait for what others are fetching of a blob. Who waited in vain waits shortly for a
+/// while: whoever it was has more than one extent.
+#[derive(Debug)]
+pub(super) struct Patience {
+    begun: Instant,
+    lost_until_ms: AtomicU64,
+}
+
+impl Patience {
+    pub(super) fn new() -> Self {
+        Self { begun: Instant::now(), lost_until_ms: AtomicU64::new(0) }
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Until when to wait: at least half of the time is left for fetching alone.
+    pub(super) fn until(&self, deadline: Instant) -> Instant {
+        let now = Instant::now();
+        let is_lost = self.now_ms() < self.lost_until_ms.load(Ordering::Relaxed);
+        let most = if is_lost { CACHE_POLL_MS_MAX } else { CACHE_PATIENCE_MS };
+        now + (deadline.saturating_duration_since(now) / 2).min(Duration::from_millis(most))
+    }
+
+    fn lose(&self) {
+        let until = self.now_ms().saturating_add(CACHE_IMPATIENCE_MS);
+        self.lost_until_ms.store(until, Ordering::Relaxed);
+    }
+}
+
+/// Everything that bringing needs.
+#[derive(Debug)]
+pub(super) struct Filler<'a> {
+    pub(super) extents: Extents,
+    /// None where the cache cannot be used.
+    pub(super) pair: Option<&'a Pair>,
+    pub(super) fetch: &'a dyn Fetch,
+    pub(super) counters: &'a Counters,
+    pub(super) gate: &'a Gate,
+    pub(super) patience: &'a Patience,
+    pub(super) purpose: Purpose,
+    /// Whether nobody waits any more.
+    pub(super) canceled: &'a AtomicBool,
+    pub(super) deadline: Instant,
+}
+
+/// Extents that could not be stored, and their bytes.
+type NotKept = (Range<u64>, Arc<[u8]>);
+
+/// What stopped storing.
+enum Obstacle {
+    Disk(io::Error),
+    Fetch(Error),
+}
+
+impl From<io::Error> for Obstacle {
+    fn from(error: io::Error) -> Self {
+        Self::Disk(error)
+    }
+}
+
+impl Filler<'_> {
+    /// Brings `wanted`, which no other thread of this process is bringing. `stored` is told how
+    /// many bytes went to the disk.
+    ///
+    /// # Errors
+    /// Why the bytes could not be fetched.
+    pub(super) fn bring(&self, wanted: &Range<u64>, stored: &mut u64) -> Result<Brought> {
+        let Some(pair) = self.pair else { return self.past_the_cache(wanted) };
+        match self.bring_into(pair, wanted, stored) {
+            Ok(brought) => Ok(brought),
+            Err(Obstacle::Fetch(error)) => Err(error),
+            Err(Obstacle::Disk(error)) => {
+                self.gate.close(&error);
+                self.past_the_cache(wanted)
+            }
+        }
+    }
+
+    fn bring_into(
+        &self,
+        pair: &Pair,
+        wanted: &Range<u64>,
+        stored: &mut u64,
+    ) -> Result<Brought, Obstacle> {
+        let patience = self.patience.until(self.deadline);
+        let mut pause_ms = 1;
+        loop {
+            let Some(missing) = first_missing(pair, wanted) else { return Ok(Brought::Here) };
+            let looked = pair.look(&(missing.start..wanted.end))?;
+            count(&self.counters.verified, looked.verified);
+            let Some(missing) = first_missing(pair, wanted) else { return Ok(Brought::Here) };
+            if !self.gate.is_open() || pair.states().is_bypassed(&missing) {
+                return self.past_the_cache(wanted).map_err(Obstacle::Fetch);
+            }
+            if let Some((claim, claimed)) = pair.claim_front(&missing)? {
+                if pair.is_retired()? {
+                    return Ok(Brought::Retired);
+                }
+                let Some((run, bytes)) = self.fill(pair, &claimed, &claim, stored)? else {
+                    continue;
+                };
+                drop(claim);
+                if run == *wanted {
+                    return Ok(Brought::Bytes(bytes));
+                }
+                return self.past_the_cache(wanted).map_err(Obstacle::Fetch);
+            }
+            if self.purpose == Purpose::Ahead {
+                return Ok(Brought::Nothing);
+            }
+            if pause_ms == 1 {
+                count(&self.counters.waited, 1);
+            }
+            if self.canceled.load(Ordering::Relaxed) {
+                return Err(Obstacle::Fetch(canceled()));
+            }
+            if Instant::now() >= patience {
+                return self.give_up_waiting(wanted).map_err(Obstacle::Fetch);
+            }
+            std::thread::sleep(Duration::from_millis(pause_ms));
+            pause_ms = (pause_ms * 2).min(CACHE_POLL_MS_MAX);
+        }
+    }
+
+    /// Fetches for ourselves what somebody else has been fetching for too long.
+    ///
+    /// # Errors
+    /// Why the bytes could not be fetched.
+    pub(super) fn give_up_waiting(&self, wanted: &Range<u64>) -> Result<Brought> {
+        count(&self.counters.waited_in_vain, 1);
+        self.patience.lose();
+        self.past_the_cache(wanted)
+    }
+
+    /// Fetches and stores the first run of `claimed` that is still missing. The run and its bytes
+    /// when they could not be stored.
+    fn fill(
+        &self,
+        pair: &Pair,
+        claimed: &Range<u64>,
+        claim: &Claim<'_>,
+        stored: &mut u64,
+    ) -> Result<Option<NotKept>, Obstacle> {
+        // Somebody may have stored them between our look and our claim.
+        let looked = pair.look(claimed)?;
+        count(&self.counters.verified, looked.verified);
+        for extent in looked.bad {
+            let digest = pair.header().digest;
+            tracing::warn!(%digest, extent, "an extent of the cache is damaged: fetched anew");
+            count(&self.counters.quarantined, 1);
+            pair.quarantine(extent, claim)?;
+        }
+        let missing = first_missing(pair, claimed);
+        let Some(run) = missing.filter(|run| !pair.states().is_bypassed(run)) else {
+            return Ok(None);
+        };
+        let bytes = self.fetch(&run).map_err(Obstacle::Fetch)?;
+        match pair.store(&run, &bytes, claim) {
+            Ok(()) => {
+                *stored += to_u64(bytes.len());
+                Ok(None)
+            }
+            Err(error) => {
+                self.gate.close(&error);
+                count(&self.counters.degraded, run.end - run.start);
+                Ok(Some((run, bytes.into())))
+            }
+        }
+    }
+
+    fn past_the_cache(&self, wanted: &Range<u64>) -> Result<Brought> {
+        if self.purpose == Purpose::Ahead {
+            return Ok(Brought::Nothing);
+        }
+        count(&self.counters.degraded, wanted.end - wanted.start);
+        self.fetch(wanted).map(|bytes| Brought::Bytes(bytes.into()))
+    }
+
+    fn fetch(&self, extents: &Range<u64>) -> Result<Vec<u8>> {
+        let bytes = self.extents.bytes_of(extents);
+        let length = bytes.end - bytes.start;
+        let mut buffer = vec![0; to_usize(length).unwrap_or(0)];
+        let fetched = self.fetch.fetch(bytes.start, &mut buffer, self.deadline);
+        if let Err(error) = fetched {
+            count(&self.counters.fetch_failures, 1);
+            return Err(error);
+        }
+        count(&self.counters.fetches, 1);
+        count(&self.counters.fetched_bytes, length);
+        if self.purpose == Purpose::Ahead {
+            count(&self.counters.ahead_bytes, length);
+        }
+        Ok(buffer)
+    }
+}
+
+/// The first run of extents that are not here.
+fn first_missing(pair: &Pair, extents: &Range<u64>) -> Option<Range<u64>> {
+    let is_here = |extent| pair.states().are_here(&(extent..extent + 1));
+    next_missing(extents.clone(), u64::MAX, is_here)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patience_is_half_of_the_time_ten_seconds_at_most_and_short_once_lost() {
+        let patience = Patience::new();
+        let wait = |seconds: u64| {
+            let now = Instant::now();
+            let until = patience.until(now + Duration::from_secs(seconds));
+            until.saturating_duration_since(now).as_millis()
+        };
+        assert!((3900..=4100).contains(&wait(8)), "{}", wait(8));
+        assert!((9_900..=10_100).contains(&wait(60)), "{}", wait(60));
+        assert_eq!(wait(0), 0);
+        patience.lose();
+        assert!(wait(60) <= 120, "{}", wait(60));
+    }
+}

@@ -1,0 +1,329 @@
+//! The folder of the cache: which files there are, and how those of one blob are opened.
+//!
+//! ```text
+//!   lock                who opens, makes, promotes or removes files has it, for some system calls
+//!   partial/HEX.map     the sidecar of a blob that is here in part
+//!   partial/HEX.data    its bytes, at the places that they have in the blob; sparse
+//!   whole/HEX           a complete blob whose sha256 was right: a plain file
+//! ```
+
+use super::claim;
+use super::digest::BlobDigest;
+use super::extent_set::Extents;
+use super::faults::{DiskFaults, DiskStep, allow};
+use super::listing::touch;
+use super::pair::Pair;
+use super::sidecar::{HEADER_USED_BYTES, Header};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::limits::{CACHE_LOCK_MS_MAX, CACHE_POLL_MS_MAX};
+use crate::source::{FileIdentity, MappedFile, open_regular, open_regular_for_writing};
+use nix::fcntl::OFlag;
+use std::fs::{DirBuilder, File, TryLockError};
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Where the blobs' files are.
+#[derive(Clone, Debug)]
+pub(super) struct Folder {
+    root: PathBuf,
+    faults: Option<Arc<dyn DiskFaults>>,
+}
+
+/// The files of a blob, open.
+#[derive(Debug)]
+pub(super) enum Opened {
+    /// A plain file: complete and right.
+    Whole(MappedFile),
+    /// Some of it.
+    Partial(Pair),
+}
+
+/// The right to open, make and remove files; ends when dropped, or with the process.
+#[derive(Debug)]
+pub(super) struct FolderLock {
+    _file: File,
+}
+
+impl Folder {
+    /// The folder at `root`, made where it is not there yet.
+    ///
+    /// # Errors
+    /// `Io` and its relatives.
+    pub(super) fn create(root: &Path, faults: Option<Arc<dyn DiskFaults>>) -> Result<Self> {
+        for folder in [root.join("partial"), root.join("whole")] {
+            let made = DirBuilder::new().recursive(true).mode(0o700).create(&folder);
+            made.map_err(|error| Error::io(format!("make {}", folder.display()), &error))?;
+            check_owner(&folder)?;
+        }
+        Ok(Self { root: root.to_owned(), faults })
+    }
+
+    pub(super) fn map_path(&self, digest: &BlobDigest) -> PathBuf {
+        self.partial_folder().join(format!("{}.map", digest.hex()))
+    }
+
+    pub(super) fn data_path(&self, digest: &BlobDigest) -> PathBuf {
+        self.partial_folder().join(format!("{}.data", digest.hex()))
+    }
+
+    pub(super) fn whole_path(&self, digest: &BlobDigest) -> PathBuf {
+        self.whole_folder().join(digest.hex())
+    }
+
+    pub(super) fn partial_folder(&self) -> PathBuf {
+        self.root.join("partial")
+    }
+
+    pub(super) fn whole_folder(&self) -> PathBuf {
+        self.root.join("whole")
+    }
+
+    pub(super) fn allow(&self, step: DiskStep) -> io::Result<()> {
+        allow(self.faults.as_deref(), step)
+    }
+
+    /// Locks the folder.
+    ///
+    /// # Errors
+    /// `Timeout` after [`CACHE_LOCK_MS_MAX`], `Io`.
+    pub(super) fn lock(&self) -> Result<FolderLock> {
+        let path = self.root.join("lock");
+        let named = |error: &io::Error| Error::io(format!("lock {}", path.display()), error);
+        let mut options = File::options();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        options.custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits());
+        let file = options.open(&path).map_err(|error| named(&error))?;
+        let end = Instant::now() + Duration::from_millis(CACHE_LOCK_MS_MAX);
+        let mut pause_ms = 1;
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(FolderLock { _file: file }),
+                Err(TryLockError::Error(error)) => return Err(named(&error)),
+                Err(TryLockError::WouldBlock) if Instant::now() >= end => {
+                    let message = format!("{} is held by another process", path.display());
+                    return Err(Error::new(ErrorKind::Timeout, message));
+                }
+                Err(TryLockError::WouldBlock) => {
+                    std::thread::sleep(Duration::from_millis(pause_ms));
+                    pause_ms = (pause_ms * 2).min(CACHE_POLL_MS_MAX);
+                }
+            }
+        }
+    }
+
+    /// Opens a blob: the plain file, else the pair of files, which is made if there is none that
+    /// can be used.
+    ///
+    /// # Errors
+    /// `Busy` when somebody has a pair of another shape open, `Timeout` for the lock, `NoSpace`,
+    /// `Io`.
+    pub(super) fn open(&self, digest: &BlobDigest, extents: Extents) -> Result<Opened> {
+        let action = || format!("open {digest} in the cache {}", self.root.display());
+        let named = |error| Error::io("begin", &error).context(action());
+        self.allow(DiskStep::Open).map_err(named)?;
+        let lock = self.lock()?;
+        if let Some(file) = self.open_whole(digest, extents.blob_bytes(), &lock)? {
+            // What a kill in the middle of a promotion left: nobody may fill the plain file.
+            self.remove_pair(digest, &lock)?;
+            return Ok(Opened::Whole(file));
+        }
+        if let Some(pair) = self.open_pair(digest, extents).context(action)? {
+            touch(pair.map());
+            return Ok(Opened::Partial(pair));
+        }
+        self.remove_pair(digest, &lock)?;
+        self.make_pair(digest, extents, &lock).context(action).map(Opened::Partial)
+    }
+
+    /// The plain file; one that lost its length is removed.
+    fn open_whole(
+        &self,
+        digest: &BlobDigest,
+        bytes: u64,
+        lock: &FolderLock,
+    ) -> Result<Option<MappedFile>> {
+        let path = self.whole_path(digest);
+        let file = match MappedFile::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        if file.bytes() != bytes {
+            let found = file.bytes();
+            tracing::error!(%digest, found, bytes, "a complete blob of another length: removed");
+            self.remove_whole(digest, lock)?;
+            return Ok(None);
+        }
+        touch(file.file());
+        let used = claim::mark_used(file.file());
+        used.map_err(|error| Error::io(format!("lock {}", path.display()), &error))?;
+        Ok(Some(file))
+    }
+
+    /// The pair that is there; `None` when there is none that can be used.
+    fn open_pair(&self, digest: &BlobDigest, extents: Extents) -> Result<Option<Pair>> {
+        let (map_path, data_path) = (self.map_path(digest), self.data_path(digest));
+        let map = match open_regular_for_writing(&map_path) {
+            Ok(map) => map,
+            Err(error) if is_replaceable(&error) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let named = |error: &io::Error| Error::io(format!("read {}", map_path.display()), error);
+        let header = match read_header(&map).map_err(|error| named(&error))? {
+            Ok(header) if header.digest == *digest && header.extents == extents => header,
+            found => {
+                if claim::is_used(&map).map_err(|error| named(&error))? {
+                    let message = format!("found {found:?} in use, expected {extents:?}");
+                    return Err(Error::new(ErrorKind::Busy, message));
+                }
+                tracing::warn!(%digest, ?found, "a sidecar that cannot be used: made anew");
+                return Ok(None);
+            }
+        };
+        let data = match open_regular_for_writing(&data_path) {
+            Ok(data) => data,
+            Err(error) if is_replaceable(&error) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let length = |file: &File| file.metadata().map(|metadata| metadata.len());
+        let map_bytes = length(&map).map_err(|error| named(&error))?;
+        let data_bytes = length(&data).map_err(|error| named(&error))?;
+        if map_bytes != header.file_bytes() || data_bytes != extents.blob_bytes() {
+            tracing::warn!(%digest, map_bytes, data_bytes, "files of another length: made anew");
+            return Ok(None);
+        }
+        self.take(header, data, &data_path, map).map(Some)
+    }
+
+    /// Makes the files of a blob of which nothing is here. Killed at any point it leaves no header,
+    /// or a pair without records.
+    fn make_pair(&self, digest: &BlobDigest, extents: Extents, _lock: &FolderLock) -> Result<Pair> {
+        let salt = RandomState::new().build_hasher().finish();
+        let header = Header { digest: *digest, extents, salt };
+        let (map_path, data_path) = (self.map_path(digest), self.data_path(digest));
+        let make = |path: &Path, bytes: u64| {
+            let mut options = File::options();
+            options.read(true).write(true).create_new(true).mode(0o600);
+            let file = options.open(path)?;
+            file.set_len(bytes)?;
+            Ok::<File, io::Error>(file)
+        };
+        let named =
+            |path: &Path, error: &io::Error| Error::io(format!("make {}", path.display()), error);
+        let data = make(&data_path, extents.blob_bytes());
+        let data = data.map_err(|error| named(&data_path, &error))?;
+        let map = make(&map_path, header.file_bytes()).and_then(|map| {
+            map.write_all_at(&header.encode(), 0)?;
+            Ok(map)
+        });
+        let map = map.map_err(|error| named(&map_path, &error))?;
+        self.take(header, data, &data_path, map)
+    }
+
+    fn take(&self, header: Header, data: File, data_path: &Path, map: File) -> Result<Pair> {
+        let named = |error: &io::Error| Error::io(format!("use {}", data_path.display()), error);
+        claim::mark_used(&map).map_err(|error| named(&error))?;
+        let identity = FileIdentity::of(&data).map_err(|error| named(&error))?;
+        let bytes = header.extents.blob_bytes();
+        let data = MappedFile::adopt(data_path.to_owned(), data.into(), identity, bytes)?;
+        Ok(Pair::new(header, data, map, self.faults.clone()))
+    }
+
+    /// Removes the names of a pair; who has it open goes on. The sidecar goes first: data without
+    /// one is nothing.
+    ///
+    /// # Errors
+    /// `Io` and its relatives, not for names that are not there.
+    pub(super) fn remove_pair(&self, digest: &BlobDigest, _lock: &FolderLock) -> Result<()> {
+        remove(&self.map_path(digest))?;
+        remove(&self.data_path(digest))
+    }
+
+    /// Removes the name of a plain file.
+    ///
+    /// # Errors
+    /// As [`Folder::remove_pair`].
+    pub(super) fn remove_whole(&self, digest: &BlobDigest, _lock: &FolderLock) -> Result<()> {
+        remove(&self.whole_path(digest))
+    }
+
+    /// Opens the sidecar of a blob for looking at it.
+    ///
+    /// # Errors
+    /// `NotFound`, `InvalidFormat`, `Io`.
+    pub(super) fn sidecar(&self, digest: &BlobDigest) -> Result<File> {
+        open_regular(&self.map_path(digest))
+    }
+
+    /// Opens the pair of a blob as it is, for checking it.
+    ///
+    /// # Errors
+    /// `NotFound` when there is none that can be used, `Io`.
+    pub(super) fn open_for_check(&self, digest: &BlobDigest) -> Result<Pair> {
+        let lock = self.lock()?;
+        let map = self.sidecar(digest)?;
+        let named = |error: &io::Error| Error::io(format!("read the sidecar of {digest}"), error);
+        let header = read_header(&map).map_err(|error| named(&error))??;
+        if header.digest != *digest {
+            let kind = ErrorKind::InvalidFormat;
+            return Err(Error::field(kind, "sidecar digest", 24, header.digest, digest));
+        }
+        let pair = self.open_pair(digest, header.extents)?;
+        drop(lock);
+        pair.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("{digest}: not a whole pair")))
+    }
+}
+
+/// The outer result is the disk's, the inner one tells what the header is worth.
+pub(super) fn read_header(map: &File) -> io::Result<Result<Header>> {
+    let mut bytes = [0; HEADER_USED_BYTES];
+    match map.read_exact_at(&mut bytes, 0) {
+        Ok(()) => Ok(Header::decode(&bytes)),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+            Ok(Err(Error::corrupt("sidecar", 0, "fewer bytes", HEADER_USED_BYTES)))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether what is in the place of a file may be replaced: it is not there, or no file.
+fn is_replaceable(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::InvalidFormat)
+}
+
+fn remove(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(Error::io(format!("remove {}", path.display()), &error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Refuses a folder in which somebody else could put files.
+fn check_owner(folder: &Path) -> Result<()> {
+    let named = |error| Error::io(format!("look at {}", folder.display()), &error);
+    let metadata = std::fs::symlink_metadata(folder).map_err(named)?;
+    let (owner, mode) = (metadata.uid(), metadata.mode() & 0o7777);
+    let is_mine = metadata.is_dir() && owner == nix::unistd::geteuid().as_raw();
+    if is_mine && mode & 0o022 == 0 {
+        return Ok(());
+    }
+    let folder = folder.display();
+    let message =
+        format!("{folder}: found owner {owner}, mode {mode:o}, expected only us to write");
+    Err(Error::new(ErrorKind::InvalidConfig, message))
+}
+
+/// Makes the names in a folder durable.
+///
+/// # Errors
+/// `Io`.
+pub(super) fn sync_folder(folder: &Path) -> Result<()> {
+    let synced = File::open(folder).and_then(|folder| folder.sync_all());
+    synced.map_err(|error| Error::io(format!("sync {}", folder.display()), &error))
+}
