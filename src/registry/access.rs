@@ -1,0 +1,228 @@
+//! Leave to read one repository: what to show, when to renew it, and how to wait for it.
+//!
+//! The state is small and locked for moments only. Whatever takes time, a token server or a
+//! credential helper, is one task for all who wait ([`Flight`]). A repository that refuses what we
+//! have is *denied*: those who want to read it wait in one line, and the first of them looks at the
+//! credentials and asks the registry again from time to time; when that succeeds, all go on.
+
+use super::blob_url::BlobPlace;
+use super::challenge::{self, Wanted};
+use super::credential_file::Credential;
+use super::credentials::{Credentials, Stamp};
+use super::fault::Fault;
+use super::flight::Flight;
+use super::secret::Secret;
+use super::token::{self, Wish};
+use super::transport::{Answer, Transport};
+use crate::limits::{CREDENTIAL_LOOK_MS, UNAUTHORIZED_ASKS_MAX};
+use reqwest::header;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::{Semaphore, SemaphorePermit};
+
+/// The first pause before a registry is asked again that refused; each next one is twice as long.
+const ASK_AGAIN: Duration = Duration::from_secs(2);
+
+/// What is shown to a registry.
+#[derive(Debug)]
+pub(super) struct Granted {
+    pub(super) header: Secret,
+    /// Passwords have no end.
+    end: Option<Instant>,
+    /// From when on a successor is got, while this one still serves.
+    renew_at: Option<Instant>,
+}
+
+/// Leave to read one repository.
+#[derive(Debug)]
+pub(super) struct Access {
+    place: BlobPlace,
+    transport: Arc<Transport>,
+    credentials: Arc<Credentials>,
+    state: Mutex<State>,
+    flight: Flight<Result<Arc<Granted>, Fault>>,
+    line: Semaphore,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    wanted: Option<Wanted>,
+    granted: Option<Arc<Granted>>,
+    denied: Option<Denied>,
+    /// What the credential files looked like before they were read last.
+    stamp: Stamp,
+}
+
+#[derive(Clone, Debug)]
+struct Denied {
+    why: Fault,
+    stamp: Stamp,
+    asked_at: Instant,
+}
+
+/// What may be tried against a refusal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Turn {
+    /// Something else can be shown now.
+    Again,
+    /// What was refused is the newest that we can get.
+    Denied,
+}
+
+impl Access {
+    pub(super) fn new(
+        place: BlobPlace,
+        transport: Arc<Transport>,
+        credentials: Arc<Credentials>,
+    ) -> Self {
+        let (state, flight) = (Mutex::default(), Flight::default());
+        Self { place, transport, credentials, state, flight, line: Semaphore::new(1) }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What to show now: nothing, as long as nobody asked for anything.
+    pub(super) async fn granted(self: &Arc<Self>) -> Result<Option<Arc<Granted>>, Fault> {
+        let now = Instant::now();
+        {
+            let state = self.state();
+            let Some(wanted) = state.wanted.clone() else { return Ok(None) };
+            let good = |granted: &&Arc<Granted>| granted.end.is_none_or(|end| now < end);
+            if let Some(granted) = state.granted.as_ref().filter(good) {
+                let granted = Arc::clone(granted);
+                drop(state);
+                if granted.renew_at.is_some_and(|at| now >= at) {
+                    let access = Arc::clone(self);
+                    self.flight.begin(move || access.obtain(wanted));
+                }
+                return Ok(Some(granted));
+            }
+        }
+        self.renewed().await.map(Some)
+    }
+
+    async fn renewed(self: &Arc<Self>) -> Result<Arc<Granted>, Fault> {
+        let wanted = self.state().wanted.clone();
+        let lost = || Fault::unavailable("the request for a token was lost");
+        let wanted = wanted.ok_or_else(lost)?;
+        let access = Arc::clone(self);
+        self.flight.join(move || access.obtain(wanted)).await.unwrap_or_else(|| Err(lost()))
+    }
+
+    async fn obtain(self: Arc<Self>, wanted: Wanted) -> Result<Arc<Granted>, Fault> {
+        let (origin, repository) = (self.place.origin(), self.place.repository());
+        let url = self.place.to_string();
+        let stamp = self.credentials.stamp().await;
+        self.state().stamp = stamp;
+        let credential = self.credentials.find(origin, repository, &url).await?;
+        let now = Instant::now();
+        let granted = match &wanted {
+            Wanted::Basic => {
+                let header = credential.as_ref().and_then(Credential::basic);
+                let none = || Fault::unauthorized(format!("{} wants a password", self.place));
+                Granted { header: header.ok_or_else(none)?, end: None, renew_at: None }
+            }
+            Wanted::Bearer { realm, service, scope } => {
+                let wish = Wish {
+                    realm,
+                    service: service.as_deref(),
+                    scope: scope.as_deref(),
+                    repository,
+                };
+                let token = token::get(&self.transport, origin, &wish, credential.as_ref()).await?;
+                let end = Some(now + token.good_for);
+                // The last quarter is time enough for a few tries.
+                let renew_at = Some(now + token.good_for.mul_f64(0.75));
+                Granted { header: token.header, end, renew_at }
+            }
+        };
+        let granted = Arc::new(granted);
+        self.state().granted = Some(Arc::clone(&granted));
+        Ok(granted)
+    }
+
+    /// Deals with a 401 or 403 that `sent` met. `is_fresh` when it was got only now, so that a
+    /// refusal of it is meant.
+    pub(super) fn refused(
+        &self,
+        sent: Option<&Arc<Granted>>,
+        is_fresh: bool,
+        answer: &Answer,
+    ) -> Turn {
+        let wanted = challenge::wanted(answer.all(header::WWW_AUTHENTICATE));
+        let mut state = self.state();
+        let Some(sent) = sent else {
+            let turn = if wanted.is_some() { Turn::Again } else { Turn::Denied };
+            (state.wanted, state.granted) = (wanted, None);
+            return turn;
+        };
+        let is_newest = state.granted.as_ref().is_some_and(|newest| Arc::ptr_eq(newest, sent));
+        if state.granted.is_some() && !is_newest {
+            // Somebody has renewed it meanwhile.
+            return Turn::Again;
+        }
+        let was_basic = state.wanted == Some(Wanted::Basic);
+        state.granted = None;
+        match wanted {
+            _ if is_fresh => Turn::Denied,
+            Some(Wanted::Bearer { .. }) => {
+                state.wanted = wanted;
+                Turn::Again
+            }
+            // A password that was good may have been changed: it is read again.
+            _ if was_basic => Turn::Again,
+            // Some answer a stale token by asking for a password, some not at all. What they want
+            // of those who show nothing is what they really want.
+            _ => {
+                state.wanted = None;
+                Turn::Again
+            }
+        }
+    }
+
+    /// Forgets what was asked for: it led nowhere. False when there was nothing to forget.
+    pub(super) fn forget(&self) -> bool {
+        let mut state = self.state();
+        state.granted = None;
+        state.wanted.take().is_some()
+    }
+
+    /// The last refusal, if it still stands.
+    pub(super) fn denied(&self) -> Option<Fault> {
+        self.state().denied.as_ref().map(|denied| denied.why.clone())
+    }
+
+    /// Takes note that a request was refused for good.
+    pub(super) fn deny(&self, why: Fault) {
+        let mut state = self.state();
+        state.granted = None;
+        let stamp = state.stamp.clone();
+        state.denied = Some(Denied { why, stamp, asked_at: Instant::now() });
+    }
+
+    /// Takes note that a request was answered.
+    pub(super) fn allow(&self) {
+        self.state().denied = None;
+    }
+
+    /// Waits until it makes sense to ask again, for as long as the caller lets it. Whoever gets a
+    /// permit asks for all others, and keeps it meanwhile. `asks` counts that caller's.
+    pub(super) async fn wait(&self, asks: &mut u32) -> Option<SemaphorePermit<'_>> {
+        let permit = self.line.acquire().await.ok();
+        loop {
+            // Those before us got in: nobody needs to wait any more.
+            let denied = self.state().denied.clone()?;
+            let pause = ASK_AGAIN.saturating_mul(1 << (*asks).min(8));
+            if *asks < UNAUTHORIZED_ASKS_MAX && denied.asked_at.elapsed() >= pause {
+                *asks += 1;
+                return permit;
+            }
+            if denied.stamp != self.credentials.stamp().await {
+                return permit;
+            }
+            tokio::time::sleep(Duration::from_millis(CREDENTIAL_LOOK_MS)).await;
+        }
+    }
+}

@@ -1,0 +1,287 @@
+//! One blob, fetched by ranges.
+
+use super::blob_url::{BlobPlace, Origin};
+use super::client::{Host, Registry};
+use super::digest::Digest;
+use super::fault::Fault;
+use super::range::{self, Accepted, Asked, Refusal};
+use super::route::Route;
+use super::tries::Tries;
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::limits::{
+    BLOB_REQUESTS_AT_ONCE_MAX, REGISTRY_PIECE_BYTES_MAX, REGISTRY_PIECES_AT_ONCE_MAX,
+};
+use crate::source::Fetch;
+use crate::units::{to_u64, to_usize};
+use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
+use reqwest::{Url, header};
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+use tokio::sync::{Semaphore, watch};
+use tokio::time;
+
+/// A blob in a registry: implements [`Fetch`]. Its calls block, and are for threads that are not an
+/// executor's: there the executor panics, because such a call would stop its other tasks.
+#[derive(Debug)]
+pub struct Blob {
+    registry: Arc<Registry>,
+    name: String,
+    bytes: u64,
+    host: Arc<Host>,
+    /// The registry itself is the last.
+    routes: Vec<Route>,
+    /// Requests under way, so that one slow blob does not take all those of its host.
+    line: Semaphore,
+    /// Whether nobody waits any more.
+    canceled: watch::Sender<bool>,
+}
+
+/// A part of the blob on its way into memory.
+struct Piece<'a> {
+    offset_bytes: u64,
+    dst: &'a mut [u8],
+    /// Bytes of `dst` that have come.
+    done: usize,
+    total_bytes: Option<u64>,
+}
+
+impl Piece<'_> {
+    /// What is still missing.
+    fn missing(&self) -> Range<u64> {
+        self.offset_bytes + to_u64(self.done)..self.offset_bytes + to_u64(self.dst.len())
+    }
+}
+
+impl Registry {
+    /// The blob `digest` of the repository at `repo_blob_url`. `bytes` is its length as a config or
+    /// manifest says it (a config's 0 means that it does not know); without, the registry is asked,
+    /// which blocks until `deadline` at most.
+    ///
+    /// # Errors
+    /// `InvalidConfig` for an unusable URL or digest; why the length could not be had.
+    pub fn blob(
+        self: &Arc<Self>,
+        repo_blob_url: &str,
+        digest: &str,
+        bytes: Option<u64>,
+        deadline: Instant,
+    ) -> Result<Blob> {
+        let place = BlobPlace::parse(repo_blob_url)?;
+        let digest = Digest::parse(digest)?;
+        let mut blob = Blob {
+            registry: Arc::clone(self),
+            name: format!("{} {digest}", place.origin().host),
+            bytes: bytes.unwrap_or(0),
+            host: self.host(&place.origin().host),
+            routes: self.routes(&place, &digest)?,
+            line: Semaphore::new(BLOB_REQUESTS_AT_ONCE_MAX),
+            canceled: watch::Sender::new(false),
+        };
+        if bytes.is_none() {
+            let asked = self.runtime.block_on(blob.length(deadline));
+            blob.bytes = asked.context(|| format!("ask for the length of {}", blob.name))?;
+        }
+        Ok(blob)
+    }
+
+    fn routes(&self, place: &BlobPlace, digest: &Digest) -> Result<Vec<Route>> {
+        let route = |url: Url, place: &BlobPlace| {
+            let host = Origin::of(&url).map(|origin| self.host(&origin.host));
+            Route::new(url, self.access(place), host)
+        };
+        let parse = |text: String| {
+            let invalid = |error| {
+                let message = format!("URL of a blob below {place}: {error}");
+                Error::new(ErrorKind::InvalidConfig, message)
+            };
+            Url::parse(&text).map_err(invalid)
+        };
+        let own = place.url_of(digest);
+        let mut routes = Vec::new();
+        if let Some(prefix) = &self.options.p2p_prefix {
+            let url = parse(format!("{}/{own}", prefix.trim_end_matches('/')))?;
+            routes.push(route(url, place));
+        }
+        let host = &place.origin().host;
+        for mirror in self.options.mirrors.iter().filter(|mirror| &mirror.of_host == host) {
+            let mut url = parse(place.url_at(&mirror.url, digest))?;
+            let mirrored = BlobPlace::parse(&place.repository_at(&mirror.url))?;
+            url.query_pairs_mut().append_pair("ns", host);
+            routes.push(route(url, &mirrored));
+        }
+        routes.push(route(parse(own)?, place));
+        Ok(routes)
+    }
+}
+
+impl Blob {
+    async fn length(&self, deadline: Instant) -> Result<u64> {
+        let mut first = [0];
+        let piece = Piece { offset_bytes: 0, dst: &mut first, done: 0, total_bytes: None };
+        let total = self.piece(piece, deadline).await?;
+        let none = "the registry does not say how long the blob is";
+        total.ok_or_else(|| Error::new(ErrorKind::Corrupt, none))
+    }
+
+    async fn pieces(&self, offset_bytes: u64, dst: &mut [u8], deadline: Instant) -> Result<()> {
+        let piece_bytes = to_usize(REGISTRY_PIECE_BYTES_MAX).unwrap_or(usize::MAX);
+        let starts = (offset_bytes..).step_by(piece_bytes);
+        let pieces = starts.zip(dst.chunks_mut(piece_bytes)).map(|(offset_bytes, dst)| {
+            let total_bytes = Some(self.bytes);
+            self.piece(Piece { offset_bytes, dst, done: 0, total_bytes }, deadline)
+        });
+        let all = stream::iter(pieces).buffer_unordered(REGISTRY_PIECES_AT_ONCE_MAX);
+        all.try_for_each(|_| std::future::ready(Ok(()))).await
+    }
+
+    /// Fetches one piece, with all attempts that it takes. Returns the blob's length.
+    async fn piece(&self, mut piece: Piece<'_>, deadline: Instant) -> Result<Option<u64>> {
+        let Some(own) = self.routes.last() else {
+            return Err(Error::new(ErrorKind::InvalidConfig, "there is no way to the blob"));
+        };
+        let (host, access) = (Arc::clone(&self.host), Arc::clone(own.access()));
+        let mut tries = Tries::new(&self.registry, host, access, deadline);
+        loop {
+            let told = piece.missing();
+            let told = || format!("fetch bytes {} to {} of {}", told.start, told.end, self.name);
+            let trying = async {
+                tries.before(own.access(), !self.has_another_way(own)).await?;
+                Ok(self.attempt(&mut piece).await)
+            };
+            let outcome = match time::timeout_at(deadline.into(), trying).await {
+                Ok(outcome) => outcome.context(told)?,
+                Err(_) => return Err(tries.too_late().context(told())),
+            };
+            match outcome {
+                Ok(accepted) => {
+                    tries.succeeded();
+                    return Ok(accepted.total_bytes);
+                }
+                Err(fault) => tries.failed(fault).await.context(told)?,
+            }
+        }
+    }
+
+    /// Whether an attempt may succeed while the registry refuses to let us in.
+    fn has_another_way(&self, own: &Route) -> bool {
+        let others = self.routes.iter().rev().skip(1);
+        own.is_resolved() || others.into_iter().any(|route| !route.rests())
+    }
+
+    async fn attempt(&self, piece: &mut Piece<'_>) -> Result<Accepted, Fault> {
+        let lost = |_| Fault::unavailable("the line of requests is closed");
+        let _own_turn = self.line.acquire().await.map_err(lost)?;
+        let _turn = self.host.line.acquire().await.map_err(lost)?;
+        let mut failed = None;
+        for (number, route) in (1..).zip(&self.routes) {
+            let is_last = number == self.routes.len();
+            if route.rests() && !is_last {
+                continue;
+            }
+            match self.attempt_by(route, piece).await {
+                Ok(accepted) => return Ok(accepted),
+                Err(fault) if is_last => return Err(fault),
+                Err(fault) => {
+                    tracing::debug!("another way failed, next one: {}", fault.text);
+                    route.rest(&fault);
+                    failed = Some(fault);
+                }
+            }
+        }
+        Err(failed.unwrap_or_else(|| Fault::unavailable("there is no way to the blob")))
+    }
+
+    async fn attempt_by(&self, route: &Route, piece: &mut Piece<'_>) -> Result<Accepted, Fault> {
+        let asked = Asked { bytes: piece.missing(), total_bytes: piece.total_bytes };
+        let wanted = format!("bytes={}-{}", asked.bytes.start, asked.bytes.end - 1);
+        let answer = route.open(&self.registry, &vec![(header::RANGE, wanted)]).await?;
+        let refused = |refusal: Refusal| {
+            let fault = Fault::malformed(format!("{}: {refusal}", answer.place));
+            match refusal {
+                Refusal::OtherLength { .. } => fault.hopeless(),
+                Refusal::Malformed(_) => fault,
+            }
+        };
+        let head = range::Answer {
+            status: answer.status(),
+            content_ranges: &answer.all(header::CONTENT_RANGE),
+            content_length: answer.content_length(),
+            // What is there and no text is an encoding that we do not know.
+            content_encoding: answer
+                .headers()
+                .get(header::CONTENT_ENCODING)
+                .map(|value| value.to_str().unwrap_or("?")),
+        };
+        let accepted = range::judge(&asked, &head).map_err(refused)?;
+        let place = answer.place.clone();
+        let before = piece.done;
+        let mut body = answer.body();
+        loop {
+            let bytes = match body.next().await {
+                Ok(Some(bytes)) => bytes,
+                Ok(None) => break,
+                // Everything that was asked for is here; only the end of the answer is not.
+                Err(_) if piece.done == piece.dst.len() => break,
+                // What came is the beginning of the right range, and is kept.
+                Err(fault) => return Err(fault),
+            };
+            let bytes = bytes.as_ref();
+            let room = piece.dst.get_mut(piece.done..).unwrap_or_default();
+            let take = bytes.len().min(room.len());
+            if let (Some(to), Some(from)) = (room.get_mut(..take), bytes.get(..take)) {
+                to.copy_from_slice(from);
+            }
+            piece.done += take;
+            self.registry.counters.bytes.fetch_add(to_u64(take), Ordering::Relaxed);
+            if take < bytes.len() {
+                if !accepted.ends {
+                    break;
+                }
+                piece.done = before;
+                return Err(Fault::malformed(format!("a body longer than told from {place}")));
+            }
+        }
+        if piece.done < piece.dst.len() {
+            piece.done = before;
+            return Err(Fault::malformed(format!("a body shorter than told from {place}")));
+        }
+        Ok(accepted)
+    }
+}
+
+impl Fetch for Blob {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn fetch(&self, offset_bytes: u64, dst: &mut [u8], deadline: Instant) -> Result<()> {
+        let end = offset_bytes.checked_add(to_u64(dst.len()));
+        if end.is_none_or(|end| end > self.bytes) {
+            let (length, have) = (dst.len(), self.bytes);
+            let message = format!(
+                "fetch {length} bytes at byte {offset_bytes} of {}: it has only {have} bytes",
+                self.name
+            );
+            return Err(Error::new(ErrorKind::OutOfRange, message));
+        }
+        let canceled = || Error::new(ErrorKind::Canceled, "the reader is going away");
+        let mut told = self.canceled.subscribe();
+        self.registry.runtime.block_on(async {
+            tokio::select! {
+                // What was told before counts, too.
+                _ = told.wait_for(|canceled| *canceled) => Err(canceled()),
+                fetched = self.pieces(offset_bytes, dst, deadline) => fetched,
+            }
+        })
+    }
+
+    fn cancel(&self) {
+        self.canceled.send_replace(true);
+    }
+}

@@ -1,0 +1,179 @@
+//! What all blobs share: clients, credentials, and what is known of hosts and repositories.
+
+use super::access::Access;
+use super::blob_url::BlobPlace;
+use super::credentials::Credentials;
+use super::options::Options;
+use super::retry::Budget;
+use super::runtime;
+use super::transport::Transport;
+use crate::error::{Error, ErrorKind, Result};
+use crate::limits::{REGISTRY_HOSTS_MAX, REGISTRY_REQUESTS_AT_ONCE_MAX, TOKENS_MAX};
+use reqwest::Url;
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
+
+/// The way to registries. One for a process is enough: it keeps connections, tokens and budgets.
+#[derive(Debug)]
+pub struct Registry {
+    pub(super) transport: Arc<Transport>,
+    credentials: Arc<Credentials>,
+    pub(super) options: Options,
+    pub(super) runtime: Handle,
+    hosts: Mutex<HashMap<String, Arc<Host>>>,
+    repositories: Mutex<HashMap<BlobPlace, Arc<Access>>>,
+    pub(super) counters: Counters,
+}
+
+/// What was done so far, for those who want to know what a read cost.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    pub(super) requests: AtomicU64,
+    pub(super) retries: AtomicU64,
+    pub(super) bytes: AtomicU64,
+}
+
+/// What was done so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Requests for blobs and documents, redirects counted; without those for tokens.
+    pub requests: u64,
+    /// Requests that were made again.
+    pub retries: u64,
+    /// Bytes of blobs that were received and taken.
+    pub bytes: u64,
+}
+
+/// What is known of one registry or mirror.
+#[derive(Debug)]
+pub(super) struct Host {
+    /// Requests under way.
+    pub(super) line: Semaphore,
+    state: Mutex<HostState>,
+}
+
+#[derive(Debug)]
+struct HostState {
+    budget: Budget,
+    held_until: Instant,
+    mirror_rests_until: Instant,
+}
+
+impl Registry {
+    /// The way to registries that `options` describe. Reads certificates; opens no connection.
+    ///
+    /// # Errors
+    /// `InvalidConfig` naming the option; `Io` when files cannot be read or threads not started.
+    pub fn new(mut options: Options) -> Result<Arc<Self>> {
+        let is_plain = |url: Url| url.username().is_empty() && url.password().is_none();
+        if !options.mirrors.iter().all(|mirror| Url::parse(&mirror.url).is_ok_and(is_plain)) {
+            let message = "mirror: expected a URL without a user, https://HOST";
+            return Err(Error::new(ErrorKind::InvalidConfig, message));
+        }
+        if let Some(prefix) = &mut options.p2p_prefix {
+            // The reference's documents have it without, and it is on this host.
+            if !prefix.contains("://") {
+                prefix.insert_str(0, "http://");
+            }
+            if !Url::parse(prefix).is_ok_and(is_plain) {
+                let message = "p2pConfig: address: expected a URL without a user";
+                return Err(Error::new(ErrorKind::InvalidConfig, message));
+            }
+        }
+        let transport = Arc::new(Transport::new(&options)?);
+        Ok(Arc::new(Self {
+            transport,
+            credentials: Arc::new(Credentials::new(&options.credentials)?),
+            options,
+            runtime: runtime::handle()?,
+            hosts: Mutex::default(),
+            repositories: Mutex::default(),
+            counters: Counters::default(),
+        }))
+    }
+
+    /// What was done so far, by all blobs together.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        let Counters { requests, retries, bytes } = &self.counters;
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Counts { requests: load(requests), retries: load(retries), bytes: load(bytes) }
+    }
+
+    pub(super) fn host(&self, name: &str) -> Arc<Host> {
+        shared(&self.hosts, REGISTRY_HOSTS_MAX, &name.to_owned(), Host::new)
+    }
+
+    pub(super) fn access(&self, place: &BlobPlace) -> Arc<Access> {
+        shared(&self.repositories, TOKENS_MAX, place, || {
+            let transport = Arc::clone(&self.transport);
+            Access::new(place.clone(), transport, Arc::clone(&self.credentials))
+        })
+    }
+}
+
+/// The entry of `key`, made if there is none. A full map is emptied: those in use live on with
+/// their users, and the rest is learned again.
+fn shared<K: Clone + Eq + Hash, V>(
+    map: &Mutex<HashMap<K, Arc<V>>>,
+    count_max: usize,
+    key: &K,
+    make: impl FnOnce() -> V,
+) -> Arc<V> {
+    let mut map = map.lock().unwrap_or_else(PoisonError::into_inner);
+    if map.len() >= count_max && !map.contains_key(key) {
+        map.clear();
+    }
+    Arc::clone(map.entry(key.clone()).or_insert_with(|| Arc::new(make())))
+}
+
+impl Host {
+    fn new() -> Self {
+        let now = Instant::now();
+        let budget = Budget::new(now);
+        let state = HostState { budget, held_until: now, mirror_rests_until: now };
+        Self { line: Semaphore::new(REGISTRY_REQUESTS_AT_ONCE_MAX), state: Mutex::new(state) }
+    }
+
+    fn with<T>(&self, act: impl FnOnce(&mut HostState) -> T) -> T {
+        act(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// How long this host is to be left alone, as it asked.
+    pub(super) fn held(&self) -> Duration {
+        self.with(|state| state.held_until.saturating_duration_since(Instant::now()))
+    }
+
+    /// Leaves the host alone for so long.
+    pub(super) fn hold(&self, pause: Duration) {
+        let until = Instant::now() + pause;
+        self.with(|state| state.held_until = state.held_until.max(until));
+    }
+
+    /// Whether this host, as a mirror or peer, could not be reached a moment ago.
+    pub(super) fn rests_as_mirror(&self) -> bool {
+        self.with(|state| state.mirror_rests_until > Instant::now())
+    }
+
+    /// Asks this host as a mirror or peer no more until then.
+    pub(super) fn rest_as_mirror(&self, until: Instant) {
+        self.with(|state| state.mirror_rests_until = until);
+    }
+
+    pub(super) fn take_retry(&self) -> Duration {
+        self.with(|state| state.budget.take(Instant::now()))
+    }
+
+    pub(super) fn put_retry_back(&self) {
+        self.with(|state| state.budget.put_back());
+    }
+
+    pub(super) fn succeeded(&self) {
+        self.with(|state| state.budget.succeeded());
+    }
+}

@@ -1,0 +1,217 @@
+//! One way to one document or blob: the registry itself, a mirror of it, or a peer.
+//!
+//! Opening it means to show what is wanted, to renew that when it is refused, and to follow
+//! redirects, of which the last is remembered until it ends. What comes back is an answer of status
+//! 200 or 206, which still has to be judged.
+
+use super::access::{Access, Granted, Turn};
+use super::blob_url::Origin;
+use super::client::{Host, Registry};
+use super::fault::Fault;
+use super::redirect;
+use super::retry::Remedy;
+use super::transport::{Answer, Request};
+use crate::error::ErrorKind;
+use crate::limits::{MIRROR_REST_MS, REDIRECTS_MAX};
+use reqwest::Url;
+use reqwest::header::{self, HeaderName};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+/// Requests to a registry for one answer: with something stale, with nothing, with something new,
+/// and one more for when others renewed it meanwhile.
+const TURNS_MAX: usize = 4;
+
+/// Headers of a request.
+pub(super) type Headers = Vec<(HeaderName, String)>;
+
+/// One way to one document or blob.
+#[derive(Debug)]
+pub(super) struct Route {
+    url: Url,
+    access: Arc<Access>,
+    /// Who may see the credentials.
+    origin: Option<Origin>,
+    followed: Mutex<Option<Followed>>,
+    rests_until: Mutex<Instant>,
+    /// Whoever is behind this way, for all blobs.
+    host: Option<Arc<Host>>,
+}
+
+/// Where redirects led.
+struct Followed {
+    url: Url,
+    until: Instant,
+}
+
+impl std::fmt::Debug for Followed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&redirect::shown(&self.url))
+    }
+}
+
+impl Route {
+    pub(super) fn new(url: Url, access: Arc<Access>, host: Option<Arc<Host>>) -> Self {
+        let origin = Origin::of(&url);
+        let rests_until = Mutex::new(Instant::now());
+        Self { url, access, origin, followed: Mutex::default(), rests_until, host }
+    }
+
+    pub(super) const fn access(&self) -> &Arc<Access> {
+        &self.access
+    }
+
+    /// Whether this way failed a moment ago.
+    pub(super) fn rests(&self) -> bool {
+        let until = *self.rests_until.lock().unwrap_or_else(PoisonError::into_inner);
+        until > Instant::now() || self.host.as_ref().is_some_and(|host| host.rests_as_mirror())
+    }
+
+    /// Leaves this way alone for a while. One that cannot serve this blob may well serve others;
+    /// one that cannot be reached serves none.
+    pub(super) fn rest(&self, fault: &Fault) {
+        let until = Instant::now() + Duration::from_millis(MIRROR_REST_MS);
+        match &self.host {
+            Some(host) if fault.remedy == Remedy::Wait => host.rest_as_mirror(until),
+            _ => *self.rests_until.lock().unwrap_or_else(PoisonError::into_inner) = until,
+        }
+    }
+
+    /// Whether a redirect is known, so that the registry need not be asked.
+    pub(super) fn is_resolved(&self) -> bool {
+        self.remembered().is_some()
+    }
+
+    /// An answer of status 200 or 206.
+    pub(super) async fn open(
+        &self,
+        registry: &Registry,
+        headers: &Headers,
+    ) -> Result<Answer, Fault> {
+        if let Some(url) = self.remembered() {
+            match self.send(registry, &url, headers, None).await {
+                Ok(answer) if matches!(answer.status(), 200 | 206) => return Ok(answer),
+                Ok(answer) if is_trouble(answer.status()) => return Err(answer.fault()),
+                // It has ended before its time, or leads nowhere any more: ask for a new one.
+                Ok(_) | Err(_) => self.remember(None),
+            }
+        }
+        let mut may_forget = true;
+        let mut is_fresh = false;
+        let mut refusal = Fault::unauthorized("the registry refuses whatever we show");
+        for _ in 0..TURNS_MAX {
+            let granted = match self.access.granted().await {
+                Ok(granted) => granted,
+                // What was wanted once is not to be had; ask what is wanted now.
+                Err(fault) if fault.remedy == Remedy::Credentials && may_forget => {
+                    may_forget = false;
+                    self.access.forget();
+                    continue;
+                }
+                Err(fault) => return Err(fault),
+            };
+            may_forget &= granted.is_some();
+            let answer = self.send(registry, &self.url, headers, granted.as_ref()).await?;
+            match answer.status() {
+                200 | 206 => {
+                    self.access.allow();
+                    return Ok(answer);
+                }
+                401 | 403 => {
+                    refusal = answer.fault();
+                    let turn = self.access.refused(granted.as_ref(), is_fresh, &answer);
+                    answer.drain().await;
+                    if turn == Turn::Denied {
+                        return Err(refusal);
+                    }
+                    is_fresh = true;
+                }
+                status if redirect::is_redirect(status) => {
+                    self.access.allow();
+                    return self.follow(registry, answer, headers, granted.as_ref()).await;
+                }
+                _ => return Err(answer.fault()),
+            }
+        }
+        Err(refusal)
+    }
+
+    async fn send(
+        &self,
+        registry: &Registry,
+        url: &Url,
+        headers: &Headers,
+        granted: Option<&Arc<Granted>>,
+    ) -> Result<Answer, Fault> {
+        registry.counters.requests.fetch_add(1, Ordering::Relaxed);
+        let may_carry = self.origin.as_ref().is_some_and(|own| redirect::may_carry(own, url));
+        let secret = granted.filter(|_| may_carry).map(|granted| &granted.header);
+        let mut request = Request::get(url).authorization(secret);
+        for (name, value) in headers {
+            request = request.header(name.clone(), value.as_str());
+        }
+        if url != &self.url {
+            // Some stores let in only who was sent by the registry.
+            request = request.header(header::REFERER, redirect::shown(&self.url));
+        }
+        registry.transport.send(request).await
+    }
+
+    async fn follow(
+        &self,
+        registry: &Registry,
+        first: Answer,
+        headers: &Headers,
+        granted: Option<&Arc<Granted>>,
+    ) -> Result<Answer, Fault> {
+        let (mut url, mut answer) = (self.url.clone(), first);
+        let mut good_for = Duration::MAX;
+        for _ in 0..REDIRECTS_MAX {
+            let place = answer.place.clone();
+            let wrong = |why: &str| Fault::malformed(format!("{why}, by {place}"));
+            let location = answer.header(header::LOCATION);
+            let location = location.ok_or_else(|| wrong("a redirect to nowhere"))?;
+            let next = redirect::target(&url, location).map_err(wrong)?;
+            let cache_control = answer.header(header::CACHE_CONTROL);
+            let lifetime = redirect::lifetime(&next, cache_control, SystemTime::now());
+            good_for = good_for.min(lifetime);
+            url = next;
+            answer.drain().await;
+            answer = self.send(registry, &url, headers, granted).await?;
+            match answer.status() {
+                200 | 206 => {
+                    let until = Instant::now() + good_for;
+                    self.remember(Some(Followed { url, until }));
+                    return Ok(answer);
+                }
+                400 | 401 | 403 => {
+                    // The store refuses what the registry signed, not us: a clock is wrong, or the
+                    // signature ended on the way.
+                    let text = answer.fault().text;
+                    return Err(Fault::new(Remedy::Few, ErrorKind::Unavailable, text));
+                }
+                status if redirect::is_redirect(status) => {}
+                _ => return Err(answer.fault()),
+            }
+        }
+        let text =
+            format!("more than {REDIRECTS_MAX} redirects from {}", redirect::shown(&self.url));
+        Err(Fault::malformed(text))
+    }
+
+    fn remembered(&self) -> Option<Url> {
+        let followed = self.followed.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_good = |followed: &&Followed| Instant::now() < followed.until;
+        followed.as_ref().filter(is_good).map(|followed| followed.url.clone())
+    }
+
+    fn remember(&self, place: Option<Followed>) {
+        *self.followed.lock().unwrap_or_else(PoisonError::into_inner) = place;
+    }
+}
+
+/// Trouble of a store that another redirect to it would not end.
+const fn is_trouble(status: u16) -> bool {
+    status == 429 || status >= 500
+}

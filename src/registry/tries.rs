@@ -1,0 +1,157 @@
+//! Trying again: one request, with all its attempts, until it succeeds or there is no point.
+
+use super::access::Access;
+use super::client::{Host, Registry};
+use super::fault::Fault;
+use super::retry::{Backoff, Remedy};
+use crate::error::Error;
+use crate::limits::{REGISTRY_ATTEMPTS_MAX, REGISTRY_MALFORMED_MAX};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+use tokio::sync::SemaphorePermit;
+use tokio::time;
+
+/// The attempts of one request.
+#[derive(Debug)]
+pub(super) struct Tries<'a> {
+    registry: &'a Registry,
+    host: Arc<Host>,
+    access: Arc<Access>,
+    deadline: Instant,
+    backoff: Backoff,
+    attempts: u32,
+    malformed: u32,
+    asks: u32,
+    last: Option<Fault>,
+    /// Our turn to ask for all who were refused.
+    turn: Option<SemaphorePermit<'a>>,
+}
+
+impl<'a> Tries<'a> {
+    pub(super) fn new(
+        registry: &'a Registry,
+        host: Arc<Host>,
+        access: Arc<Access>,
+        deadline: Instant,
+    ) -> Self {
+        let backoff = Backoff::new(fastrand::Rng::new());
+        let (attempts, malformed, asks) = (0, 0, 0);
+        let (last, turn) = (None, None);
+        Self { registry, host, access, deadline, backoff, attempts, malformed, asks, last, turn }
+    }
+
+    /// The time that is left.
+    fn left(&self) -> Duration {
+        self.deadline.saturating_duration_since(Instant::now())
+    }
+
+    /// Waits until an attempt makes sense. Call it before each. `needs_leave` unless there is a way
+    /// to the bytes that the registry need not open.
+    ///
+    /// # Errors
+    /// When none does.
+    pub(super) async fn before(
+        &mut self,
+        access: &'a Access,
+        needs_leave: bool,
+    ) -> Result<(), Error> {
+        let held = self.host.held();
+        if held > self.left() {
+            let told = "the registry asks to be left alone for longer than there is time";
+            return Err(self.given_up(&Fault::unavailable(told)));
+        }
+        if !held.is_zero() {
+            // Those who were told to wait must not come together afterwards.
+            time::sleep(held + self.backoff.spread()).await;
+        }
+        match access.denied() {
+            Some(why) if needs_leave && self.turn.is_none() => self.wait_in_line(access, why).await,
+            _ => Ok(()),
+        }
+    }
+
+    async fn wait_in_line(&mut self, access: &'a Access, why: Fault) -> Result<(), Error> {
+        let waited = time::timeout_at(self.deadline.into(), access.wait(&mut self.asks)).await;
+        match waited {
+            Ok(turn) => {
+                self.turn = turn;
+                Ok(())
+            }
+            Err(_) => Err(self.given_up(&why)),
+        }
+    }
+
+    /// Takes note of a success.
+    pub(super) fn succeeded(&mut self) {
+        self.turn = None;
+        self.host.succeeded();
+    }
+
+    /// Takes note of a failure and waits as long as that advises.
+    ///
+    /// # Errors
+    /// When there is no point in another attempt.
+    pub(super) async fn failed(&mut self, fault: Fault) -> Result<(), Error> {
+        self.attempts += 1;
+        let mut pause = self.backoff.next_pause();
+        match fault.remedy {
+            Remedy::Nothing => return Err(self.given_up(&fault)),
+            Remedy::Credentials => {
+                self.turn = None;
+                self.access.deny(fault.clone());
+                if self.attempts >= REGISTRY_ATTEMPTS_MAX {
+                    return Err(self.given_up(&fault));
+                }
+                self.last = Some(fault);
+                return Ok(());
+            }
+            Remedy::Few => {
+                self.malformed += 1;
+                if self.malformed >= REGISTRY_MALFORMED_MAX {
+                    return Err(self.given_up(&fault));
+                }
+            }
+            Remedy::Wait => {
+                if let Some(asked_for) = fault.retry_after {
+                    // The jitter comes on top: all who were told so must not come at once.
+                    pause = pause.saturating_add(asked_for);
+                    self.host.hold(asked_for);
+                }
+            }
+        }
+        if self.attempts >= REGISTRY_ATTEMPTS_MAX {
+            return Err(self.given_up(&fault));
+        }
+        pause = pause.max(self.host.take_retry());
+        if pause >= self.left() {
+            self.host.put_retry_back();
+            return Err(self.given_up(&fault));
+        }
+        tracing::debug!("again in {pause:?}: {}", fault.text);
+        self.registry.counters.retries.fetch_add(1, Ordering::Relaxed);
+        self.last = Some(fault);
+        time::sleep(pause).await;
+        Ok(())
+    }
+
+    /// The error of a request that was under way when its deadline passed.
+    pub(super) fn too_late(&self) -> Error {
+        let slow = Fault::slow("no answer within the deadline");
+        match &self.last {
+            // What went wrong before is likely to be why there is no answer now.
+            Some(last) => self.given_up(last),
+            None => self.given_up(&slow),
+        }
+    }
+
+    fn given_up(&self, fault: &Fault) -> Error {
+        let error = fault.error();
+        match self.attempts {
+            0 | 1 => error,
+            count => {
+                Error::new(error.kind(), format!("given up after {count} attempts: {}", fault.text))
+            }
+        }
+    }
+}
