@@ -29,6 +29,10 @@ pub enum ErrorKind {
     OutOfRange,
     /// A file or blob does not exist. Exit code 6, ENODATA.
     NotFound,
+    /// A registry wants other credentials than we have. Exit code 7, ENOLINK.
+    Unauthorized,
+    /// A registry cannot be reached, or says that it cannot serve now. Exit code 8, ENOLINK.
+    Unavailable,
     /// The storage medium has no space. Exit code 9, ENOSPC.
     NoSpace,
     /// A write to something read-only. Exit code 1, EROFS.
@@ -56,7 +60,8 @@ impl ErrorKind {
             Self::Unsupported => 4,
             Self::Corrupt | Self::Integrity => 5,
             Self::NotFound => 6,
-            Self::Timeout => 8,
+            Self::Unauthorized => 7,
+            Self::Unavailable | Self::Timeout => 8,
             Self::NoSpace => 9,
             Self::Kernel => 11,
             Self::Busy => 12,
@@ -65,7 +70,8 @@ impl ErrorKind {
     }
 
     /// The positive errno that a block request fails with. Chosen so that the kernel's own log
-    /// names the cause: EILSEQ prints "protection", ENODATA "critical medium".
+    /// names the cause: EILSEQ prints "protection", ENODATA "critical medium", ENOLINK
+    /// "recoverable transport".
     #[must_use]
     pub const fn errno(self) -> i32 {
         match self {
@@ -76,6 +82,7 @@ impl ErrorKind {
             Self::Unsupported => libc::EOPNOTSUPP,
             Self::Integrity => libc::EILSEQ,
             Self::NotFound => libc::ENODATA,
+            Self::Unauthorized | Self::Unavailable => libc::ENOLINK,
             Self::NoSpace => libc::ENOSPC,
             Self::ReadOnly => libc::EROFS,
             Self::Busy => libc::EBUSY,
@@ -95,6 +102,8 @@ impl ErrorKind {
             Self::Integrity => "integrity",
             Self::OutOfRange => "out-of-range",
             Self::NotFound => "not-found",
+            Self::Unauthorized => "unauthorized",
+            Self::Unavailable => "unavailable",
             Self::NoSpace => "no-space",
             Self::ReadOnly => "read-only",
             Self::Busy => "busy",

@@ -4,12 +4,24 @@
 //! obd-ublk-device-check pack RAW PACK         the blocks of a raw image that are not zero
 //! obd-ublk-device-check check DEVICE PACK     read them back: direct and buffered, in parallel
 //! obd-ublk-device-check storm DEVICE COUNT    open, read one page, close; from eight threads
+//! obd-ublk-device-check churn DEVICE FIRST    write for ever, say which step is durable
+//! obd-ublk-device-check audit DEVICE FIRST-DURABLE...
+//!                                             whether every sector is what these churns left
+//! obd-ublk-device-check kills COUNT SIGNAL DEVICE[=PACK]... [MOUNT=SUMS]...
+//!                                             kill their servers one after the other while the
+//!                                             packed blocks and the mounted files are read; how
+//!                                             fast they came back
 //! ```
 //!
 //! Used by the tests that run in a virtual machine: the pack is made on the host from `export`,
 //! and read back from `/dev/ublkbN` in the guest. Between the packed blocks holes are sampled.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "device-check/churn.rs"]
+mod churn;
+#[path = "device-check/kills.rs"]
+mod kills;
 
 use std::error::Error;
 use std::fs::{File, OpenOptions};
@@ -37,7 +49,13 @@ fn main() -> ExitCode {
         ["pack", raw, pack] => make_pack(raw, pack),
         ["check", device, pack] => check(device, pack),
         ["storm", device, count] => storm(device, count),
-        _ => Err("usage: pack RAW PACK | check DEVICE PACK | storm DEVICE COUNT".into()),
+        ["churn", device, first] => churn::churn(device, first),
+        ["audit", device, ref rounds @ ..] => churn::audit(device, rounds),
+        ["kills", count, signal, ref targets @ ..] => kills::run(count, signal, targets),
+        _ => Err("usage: pack RAW PACK | check DEVICE PACK | storm DEVICE COUNT | \
+                  churn DEVICE FIRST | audit DEVICE FIRST-DURABLE... | \
+                  kills COUNT SIGNAL DEVICE[=PACK]... [MOUNT=SUMS]..."
+            .into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

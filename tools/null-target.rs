@@ -7,13 +7,18 @@
 //! obd-ublk-null [--sectors N] [--queues N] [--depth N] [--id N] [--request-bytes N]
 //!               [--latency-us N] [--fail-sector N] [--panic-sector N] [--fail-worker N]
 //!               [--mbr] [--no-fill]
+//! obd-ublk-null --writable [--flush-us N] [as above, without --latency-us and what follows]
 //! obd-ublk-null --verify PATH [--seconds N]
 //! obd-ublk-null --cycles N [as above]
 //! obd-ublk-null --list | --delete ID | --facts
 //! ```
 //!
+//! With `--writable` the disk is memory that begins as zeros and keeps what is written.
+//!
 //! Prints the device's path once it can be used, serves until SIGTERM or SIGINT, then prints its
 //! counters and what it cost as one line of JSON.
+
+mod ram_disk;
 
 use clap::Parser;
 use nix::sys::resource::{UsageWho, getrusage};
@@ -21,8 +26,9 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::time::TimeValLike;
 use obd_ublk::disk::{Disk, Geometry, Worker};
 use obd_ublk::error::{Error, ErrorKind, Result};
-use obd_ublk::ublk::{self, Device, DeviceOptions};
+use obd_ublk::ublk::{self, Device, DeviceOptions, Watch};
 use obd_ublk::units::{SECTOR_SIZE, to_u64};
+use ram_disk::RamDisk;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -49,6 +55,13 @@ struct Arguments {
     /// Sleep this long in every read.
     #[arg(long, default_value_t = 0)]
     latency_us: u64,
+    /// Serve memory that can be written.
+    #[arg(long, conflicts_with_all = ["latency_us", "no_fill", "fail_sector", "panic_sector",
+        "mbr", "fail_worker", "cycles"])]
+    writable: bool,
+    /// Sleep this long in every flush of a writable disk.
+    #[arg(long, default_value_t = 0, requires = "writable")]
+    flush_us: u64,
     /// Leave the content to chance: the front end's cost alone.
     #[arg(long)]
     no_fill: bool,
@@ -109,7 +122,12 @@ impl Disk for Pattern {
     type Worker = PatternWorker;
 
     fn geometry(&self) -> Geometry {
-        Geometry { sectors: self.sectors, read_only: true, optimal_io_bytes: 65536 }
+        Geometry {
+            sectors: self.sectors,
+            read_only: true,
+            optimal_io_bytes: 65536,
+            discard_granularity_bytes: None,
+        }
     }
 
     fn worker(&self) -> Result<PatternWorker> {
@@ -156,6 +174,7 @@ fn disk_and_options(arguments: &Arguments) -> (Arc<Pattern>, DeviceOptions) {
         queues: arguments.queues,
         depth: arguments.depth.unwrap_or(defaults.depth),
         request_bytes: arguments.request_bytes.unwrap_or(defaults.request_bytes),
+        recoverable: false,
     };
     let disk = Pattern {
         sectors: arguments.sectors,
@@ -177,7 +196,7 @@ fn cycle(arguments: &Arguments, count: u32) -> Result<()> {
     let asked = Instant::now();
     for index in 0..count {
         let began = Instant::now();
-        let device = Device::start(Arc::clone(&disk), &options)
+        let device = Device::start(Arc::clone(&disk), &options, Watch::nobody())
             .map_err(|error| error.context(format!("cycle {index}")))?;
         let mut first = [0; 4096];
         let opened = File::open(device.path());
@@ -199,15 +218,30 @@ fn cycle(arguments: &Arguments, count: u32) -> Result<()> {
     Ok(())
 }
 
+/// Serves the disk that the arguments describe.
 fn serve(arguments: &Arguments) -> Result<()> {
+    let (pattern, options) = disk_and_options(arguments);
+    if !arguments.writable {
+        return serve_disk(pattern, &options, || 0);
+    }
+    let flush_time = Duration::from_micros(arguments.flush_us);
+    let disk = Arc::new(RamDisk::new(arguments.sectors, flush_time));
+    serve_disk(Arc::clone(&disk), &options, || disk.flushes())
+}
+
+/// Serves `disk` to the end; `disk_flushes` tells how often it was flushed.
+fn serve_disk<D: Disk>(
+    disk: Arc<D>,
+    options: &DeviceOptions,
+    disk_flushes: impl Fn() -> u64,
+) -> Result<()> {
     // Before any thread exists, so that only `wait` below sees them.
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
     signals.add(Signal::SIGINT);
     signals.thread_block().map_err(|errno| Error::io("block signals", &errno.into()))?;
-    let (disk, options) = disk_and_options(arguments);
     let asked = Instant::now();
-    let device = Device::start(disk, &options)?;
+    let device = Device::start(disk, options, Watch::nobody())?;
     let start_us = asked.elapsed().as_micros();
     println!("{}", device.path().display());
     let _ = std::io::stdout().flush();
@@ -217,10 +251,16 @@ fn serve(arguments: &Arguments) -> Result<()> {
     let asked = Instant::now();
     device.stop()?;
     println!(
-        "{{\"requests\":{},\"read_bytes\":{},\"errors\":{},\"panics\":{},\"enters\":{},\
+        "{{\"requests\":{},\"read_bytes\":{},\"writes\":{},\"written_bytes\":{},\"flushes\":{},\
+         \"disk_flushes\":{},\"discards\":{},\"errors\":{},\"panics\":{},\"enters\":{},\
          \"cpu_us\":{},\"start_us\":{start_us},\"stop_us\":{},\"last_error\":{:?}}}",
         total.requests,
         total.read_bytes,
+        total.writes,
+        total.written_bytes,
+        total.flushes,
+        disk_flushes(),
+        total.discards,
         total.errors,
         total.panics,
         total.enters,
@@ -311,7 +351,9 @@ fn run(arguments: &Arguments) -> Result<()> {
 }
 
 fn main() -> ExitCode {
-    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
+    let subscriber = tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false);
+    // As the program does it: without the words of crates that use `log`.
+    let _ = tracing::subscriber::set_global_default(subscriber.finish());
     match run(&Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

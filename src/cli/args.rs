@@ -1,7 +1,9 @@
 //! Arguments that several commands share.
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::image::load_image_config;
 use crate::server::{RunDir, devices_of_config, parse_id};
+use crate::upper::PairPaths;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
@@ -34,6 +36,69 @@ impl DeviceName {
             Self::Config(path) => resolve_config(run, path),
         }
     }
+}
+
+/// A pair that is not attached: the config that names it, or its two files.
+#[derive(Debug, clap::Args)]
+pub(crate) struct PairArgs {
+    /// The config that names the pair as its upper; or, in front of INDEX, the pair's data file
+    #[arg(value_name = "CONFIG|DATA")]
+    first: PathBuf,
+
+    /// The pair's index file
+    #[arg(value_name = "INDEX")]
+    index: Option<PathBuf>,
+}
+
+impl PairArgs {
+    /// The two files.
+    ///
+    /// # Errors
+    /// `InvalidConfig` for a config that names no pair; what is wrong with the config.
+    pub(crate) fn paths(&self) -> Result<PairPaths> {
+        match &self.index {
+            Some(index) => Ok(PairPaths { data: self.first.clone(), index: index.clone() }),
+            None => pair_of_config(&self.first),
+        }
+    }
+}
+
+/// The pair that the config at `path` names as its upper.
+///
+/// # Errors
+/// `InvalidConfig` when it names none; what is wrong with the config.
+pub(crate) fn pair_of_config(path: &Path) -> Result<PairPaths> {
+    let Some(upper) = load_image_config(path, None)?.upper else {
+        let message = format!("{} names no upper with a data and an index file", path.display());
+        return Err(Error::new(ErrorKind::InvalidConfig, message));
+    };
+    let path = |text: &str| PathBuf::from(text);
+    Ok(PairPaths { data: path(upper.data.as_str()), index: path(upper.index.as_str()) })
+}
+
+/// The run folder of this host, once it can be believed: commands act on what it says about devices
+/// and processes.
+///
+/// # Errors
+/// As [`RunDir::check`].
+pub(crate) fn trusted_run_dir() -> Result<RunDir> {
+    let run = RunDir::of_host();
+    run.check()?;
+    Ok(run)
+}
+
+/// A number of bytes: `512`, `64M`, `1G`.
+pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
+    let shift = match text.as_bytes().last() {
+        Some(b'K' | b'k') => 10,
+        Some(b'M' | b'm') => 20,
+        Some(b'G' | b'g') => 30,
+        Some(b'T' | b't') => 40,
+        _ => 0,
+    };
+    let digits = if shift == 0 { text } else { text.get(..text.len() - 1).unwrap_or_default() };
+    let count: u64 = digits.parse().map_err(|_| "expected a number of bytes".to_owned())?;
+    count.checked_mul(1 << shift).ok_or_else(|| "too large".to_owned())
 }
 
 fn resolve_config(run: &RunDir, path: &Path) -> Result<u32> {
@@ -76,6 +141,16 @@ mod tests {
         ] {
             let expected = expected.map_or_else(|| DeviceName::Config(text.into()), DeviceName::Id);
             assert_eq!(DeviceName::parse(OsStr::new(text)), expected);
+        }
+    }
+
+    #[test]
+    fn a_size_has_a_unit_or_is_in_bytes() {
+        for (text, bytes) in [("512", 512), ("64M", 64 << 20), ("1g", 1 << 30), ("2K", 2048)] {
+            assert_eq!(parse_size(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "G", "-1", "1GB", "99999999999T"] {
+            assert!(parse_size(text).is_err(), "{text}");
         }
     }
 }

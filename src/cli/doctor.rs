@@ -4,9 +4,10 @@
 //! host. A `fail` means that `attach` cannot work here, a `warn` that something may surprise.
 
 use super::host::{HostFacts, UblkFacts};
-use super::output;
 use super::table::format_bytes;
+use super::{bundle, output, self_test};
 use crate::error::{Error, ErrorKind, Result};
+use crate::telemetry::printable;
 use serde::Serialize;
 use serde_json::json;
 use std::fmt::Write;
@@ -14,6 +15,16 @@ use std::fmt::Write;
 /// Check whether devices can be attached on this host, and say how to mend what is missing
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
+    /// Attach a small image that is part of this program, read it in every way, kill its server,
+    /// upgrade and detach it; what this host lacks is told with exit code 4
+    #[arg(long)]
+    self_test: bool,
+
+    /// Print everything that a bug report should have: versions, checks, devices, the ends of logs.
+    /// What looks like a credential is left out, as is the content of configs
+    #[arg(long, conflicts_with = "self_test")]
+    report: bool,
+
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -54,8 +65,15 @@ impl Check {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let checks = judge(&HostFacts::gather());
     let failed: Vec<_> = checks.iter().filter(|check| check.level == Level::Fail).collect();
+    if args.report {
+        return bundle::run(&json!(checks), args.json);
+    }
+    if args.self_test {
+        let missing: Vec<String> = failed.iter().map(|check| check.name.to_owned()).collect();
+        return self_test::run(&missing, args.json);
+    }
     if args.json {
-        output::print_facts(&json!({"usable": failed.is_empty(), "checks": checks}), true)?;
+        output::print_facts(json!({"usable": failed.is_empty(), "checks": checks}), true)?;
     } else {
         output::print(&text(&checks))?;
     }
@@ -75,9 +93,9 @@ fn text(checks: &[Check]) -> String {
             Level::Warn => "warn",
             Level::Fail => "FAIL",
         };
-        let _ = writeln!(text, "{level:<4}  {}: {}", check.name, check.detail);
+        let _ = writeln!(text, "{level:<4}  {}: {}", check.name, printable(&check.detail));
         if let Some(mend) = &check.mend {
-            let _ = writeln!(text, "      -> {mend}");
+            let _ = writeln!(text, "      -> {}", printable(mend));
         }
     }
     text
@@ -101,7 +119,24 @@ fn judge(facts: &HostFacts) -> Vec<Check> {
         judge_locked_memory(facts),
         judge_udev(facts),
     ]);
+    checks.extend(facts.waiting.iter().map(judge_waiting));
     checks
+}
+
+/// A device whose readers wait. It is loud because nothing else on the host will say why a process
+/// does not get on.
+fn judge_waiting((path, is_tried): &(String, bool)) -> Check {
+    const NAME: &str = "device without a server";
+    if *is_tried {
+        let detail = format!("{path}: its server died, and a successor is to take it over");
+        return Check::warn(NAME, detail, "wait a moment; then `obd-ublk recover --all`");
+    }
+    let detail = format!("{path}: its servers keep dying; its readers wait for ever");
+    Check::warn(
+        NAME,
+        detail,
+        "see `obd-ublk list` for the reason; then `obd-ublk recover`, or `obd-ublk detach --force`",
+    )
 }
 
 fn judge_kernel(facts: &HostFacts) -> Check {
@@ -296,7 +331,28 @@ mod tests {
             open_files_max: (1024, 1 << 20),
             locked_bytes_max: 8 << 20,
             udev: true,
+            waiting: Vec::new(),
         }
+    }
+
+    #[test]
+    fn a_device_whose_readers_wait_is_told_of() {
+        let told = complaints(|host| {
+            host.waiting =
+                vec![("/dev/ublkb0".to_owned(), true), ("/dev/ublkb1".to_owned(), false)];
+        });
+        let mends: Vec<_> =
+            told.iter().map(|(name, level, mend)| (*name, *level, &**mend)).collect();
+        let name = "device without a server";
+        let mend = "see `obd-ublk list` for the reason; then `obd-ublk recover`, or `obd-ublk \
+                    detach --force`";
+        assert_eq!(
+            mends,
+            [
+                (name, Level::Warn, "wait a moment; then `obd-ublk recover --all`"),
+                (name, Level::Warn, mend),
+            ]
+        );
     }
 
     /// The checks that are not ok when `spoil` was done to a good host.

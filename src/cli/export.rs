@@ -1,15 +1,17 @@
 //! `export`: the flattened disk as a raw file or stream.
 
-use super::output::{OutputFile, with_progress};
+use super::output::with_progress;
+use super::output_file::OutputFile;
 use crate::error::{Error, Result};
 use crate::image::{Stack, check_output, load_image_config, load_service_config};
 use clap::Parser;
 use std::path::PathBuf;
 
-/// Write the whole disk that a config describes, flattened and raw
+/// Write the whole disk that a config or a layer describes, flattened and raw
 #[derive(Debug, Parser)]
 pub(crate) struct Args {
-    /// The image's config.v1.json
+    /// The image's config.v1.json, or the file of one layer
+    #[arg(value_name = "CONFIG|LAYER")]
     config: PathBuf,
     /// Output file, sparse where the disk is zero; `-` is stdout
     #[arg(short, long, default_value = "-")]
@@ -21,7 +23,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let service = load_service_config(args.service_config.as_deref())?;
-    let (config, _) = load_image_config(&args.config)?;
+    let config = load_image_config(&args.config, args.service_config.as_deref())?;
     check_output(&args.config, &config, &args.output)?;
     let image = Stack::open(&config, &service)?.into_image()?;
     let total = image.virtual_bytes();

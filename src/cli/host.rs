@@ -1,9 +1,12 @@
 //! What this host is like, for `doctor`, and who uses a device, for `detach`. Only reads.
 
 use crate::error::Error;
-use crate::server::RunDir;
+use crate::server::kernel::HostKernel;
+use crate::server::{self, RunDir, Status, unescape};
 use nix::sys::resource::{Resource, getrlimit};
-use std::path::Path;
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
 
 /// What `doctor` judges.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,6 +31,8 @@ pub(super) struct HostFacts {
     pub(super) locked_bytes_max: u64,
     /// Whether udev runs.
     pub(super) udev: bool,
+    /// Our devices whose readers wait for a server, by path, and whether more servers are tried.
+    pub(super) waiting: Vec<(String, bool)>,
 }
 
 /// What the front end found.
@@ -63,9 +68,24 @@ impl HostFacts {
             open_files_max: getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((0, 0)),
             locked_bytes_max: getrlimit(Resource::RLIMIT_MEMLOCK).map_or(0, |(soft, _)| soft),
             udev: Path::new("/run/udev/control").exists(),
+            waiting: waiting(&run),
             kernel_release,
         }
     }
+}
+
+/// The devices of this host that have no server at the moment; none where that cannot be asked,
+/// which other checks tell.
+fn waiting(run: &RunDir) -> Vec<(String, bool)> {
+    let entries = run.check().and_then(|()| server::survey(run, &HostKernel)).unwrap_or_default();
+    let entries = entries.iter();
+    entries
+        .filter(|entry| matches!(entry.status, Status::Recovering | Status::Lost))
+        .map(|entry| {
+            let path = server::device_path(entry.id).display().to_string();
+            (path, entry.status == Status::Recovering)
+        })
+        .collect()
 }
 
 fn told(error: &Error) -> String {
@@ -142,6 +162,14 @@ pub(super) fn users_of(name: &str) -> Vec<String> {
     }
     users.extend(mounts_of(&read("/proc/self/mountinfo"), &numbers));
     users
+}
+
+/// Where the block device `name` is mounted, as this process sees it.
+pub(super) fn mounts_of_device(name: &str) -> Vec<PathBuf> {
+    let number = Path::new("/sys/block").join(name).join("dev").to_str().and_then(read_line);
+    let mounts = mounts_of(&read("/proc/self/mountinfo"), &Vec::from_iter(number));
+    let plain = |point: &String| OsString::from_vec(unescape(point.as_bytes())).into();
+    mounts.iter().map(plain).collect()
 }
 
 /// The mount points of the devices with these numbers, in the text of a `mountinfo` file.

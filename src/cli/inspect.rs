@@ -1,15 +1,17 @@
 //! `inspect`: what a file is and what its headers say, wrapping by wrapping.
 
+use super::facts::{Facts, Rows};
 use super::output::print_facts;
 use crate::error::{Result, ResultExt};
+use crate::format::config::ImageConfig;
 use crate::format::{lsmt, trace, zfile};
-use crate::image::{Layer, LayerKind, Payload, Scratch, load_image_config, looks_like_json};
+use crate::image::{Layer, LayerKind, Payload, Scratch, parse_image_config, read_if_config};
 use crate::limits::TRACE_BYTES_MAX;
 use crate::source::Source;
 use crate::units::{SECTOR_SIZE, to_u64, to_usize};
 use clap::Parser;
 use serde_json::{Value, json};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Print what a layer file, zfile, index, trace or config is and what its headers say
 #[derive(Debug, Parser)]
@@ -25,16 +27,14 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let facts = if looks_like_json(&args.file)? {
-        config_facts(&args.file)?
-    } else {
-        file_facts(args).context(|| format!("inspect {}", args.file.display()))?
+    let facts = match read_if_config(&args.file, None)? {
+        Some(text) => config_facts(parse_image_config(&args.file, &text)?).into(),
+        None => file_facts(args).context(|| format!("inspect {}", args.file.display()))?,
     };
-    print_facts(&facts, args.json)
+    print_facts(facts, args.json)
 }
 
-fn config_facts(path: &Path) -> Result<Value> {
-    let (config, _) = load_image_config(path)?;
+fn config_facts(config: ImageConfig) -> Value {
     let lowers: Vec<Value> = config
         .lowers
         .iter()
@@ -49,16 +49,16 @@ fn config_facts(path: &Path) -> Result<Value> {
         })
         .collect();
     let upper = config.upper.map(|upper| json!({ "data": upper.data, "index": upper.index }));
-    Ok(json!({
+    json!({
         "kind": "image config",
         "repo_blob_url": config.repo_blob_url,
         "lowers": lowers,
         "upper": upper,
         "acceleration_layer": config.acceleration_layer,
-    }))
+    })
 }
 
-fn file_facts(args: &Args) -> Result<Value> {
+fn file_facts(args: &Args) -> Result<Facts> {
     let source = Source::open(&args.file)?;
     let mut head = [0; 16];
     if source.bytes() >= to_u64(head.len()) {
@@ -68,45 +68,43 @@ fn file_facts(args: &Args) -> Result<Value> {
         return trace_facts(&source);
     }
     let payload = Payload::open(source.clone())?;
-    let mut facts = json!({ "file_bytes": source.bytes() });
+    let mut facts = Facts::from(json!({ "file_bytes": source.bytes() }));
     let wrapping = payload.wrapping();
     if wrapping.tar {
         let (offset, bytes) = (wrapping.offset_bytes, wrapping.stored_bytes);
-        facts["tar"] = json!({ "payload_offset": offset, "payload_bytes": bytes });
+        facts = facts.with("tar", json!({ "payload_offset": offset, "payload_bytes": bytes }));
     }
     if let Some(part) = payload.zfile() {
-        facts["zfile"] = zfile_facts(&part.header);
+        facts = facts.with("zfile", zfile_facts(&part.header));
     }
     if let Some(lsmt) = lsmt_facts(args, source, &payload)? {
-        facts["lsmt"] = lsmt;
+        facts = facts.with("lsmt", lsmt);
     }
-    let kind = match (payload.zfile().is_some(), facts.get("lsmt").is_some()) {
+    let kind = match (payload.zfile().is_some(), facts.has("lsmt")) {
         (true, true) => "compressed layer",
         (false, true) => "layer",
         (true, false) => "zfile",
         (false, false) => "unknown",
     };
-    facts["kind"] = json!(kind);
-    Ok(facts)
+    Ok(facts.with("kind", json!(kind)))
 }
 
-fn trace_facts(source: &Source) -> Result<Value> {
+/// Takes memory for the file (24 bytes a record) until it is parsed to 32 bytes a record.
+fn trace_facts(source: &Source) -> Result<Facts> {
     let mut bytes = vec![0; to_usize(source.bytes()).unwrap_or(0)];
     source.read(0, &mut bytes)?;
-    let trace = trace::parse(&bytes)?;
-    let records: Vec<Value> = trace
-        .records
-        .iter()
-        .map(|record| {
-            json!({
-                "op": format!("{:?}", record.op),
-                "layer": record.layer_index,
-                "bytes": record.bytes,
-                "offset": record.offset_bytes,
-            })
-        })
-        .collect();
-    Ok(json!({ "kind": "prefetch trace", "records": records }))
+    let records = trace::parse(&bytes)?.records;
+    let facts = Facts::from(json!({ "kind": "prefetch trace" }));
+    Ok(facts.with("records", Rows::of(records, record_facts)))
+}
+
+fn record_facts(record: &trace::Record) -> Value {
+    json!({
+        "op": format!("{:?}", record.op),
+        "layer": record.layer_index,
+        "bytes": record.bytes,
+        "offset": record.offset_bytes,
+    })
 }
 
 fn zfile_facts(header: &zfile::Header) -> Value {
@@ -126,7 +124,7 @@ fn zfile_facts(header: &zfile::Header) -> Value {
 }
 
 /// `None` when the payload is no LSMT file at all.
-fn lsmt_facts(args: &Args, source: Source, payload: &Payload) -> Result<Option<Value>> {
+fn lsmt_facts(args: &Args, source: Source, payload: &Payload) -> Result<Option<Facts>> {
     if payload.bytes() < lsmt::HEADER_BYTES {
         return Ok(None);
     }
@@ -139,7 +137,7 @@ fn lsmt_facts(args: &Args, source: Source, payload: &Payload) -> Result<Option<V
     let header = lsmt::Header::parse(&bytes, 0)?;
     let is_file_of_pair = !header.flags.is_data_file() || header.flags.is_sparse_writable();
     match Layer::open_sealed(args.file.display().to_string(), source) {
-        Ok(layer) => Ok(Some(layer_facts(args, &layer))),
+        Ok(layer) => Ok(Some(layer_facts(args, layer))),
         // One file of a writable pair has no trailer: its header is all there is.
         Err(_) if is_file_of_pair || !header.flags.is_sealed() => {
             let mut facts = header_facts(&header);
@@ -148,7 +146,7 @@ fn lsmt_facts(args: &Args, source: Source, payload: &Payload) -> Result<Option<V
             } else {
                 "index file of a writable pair"
             });
-            Ok(Some(facts))
+            Ok(Some(facts.into()))
         }
         Err(error) => Err(error),
     }
@@ -165,7 +163,7 @@ fn header_facts(header: &lsmt::Header) -> Value {
     })
 }
 
-fn layer_facts(args: &Args, layer: &Layer) -> Value {
+fn layer_facts(args: &Args, layer: Layer) -> Facts {
     let mut facts = header_facts(&layer.header);
     let zeroed: u64 = layer.segments.iter().filter(|s| s.zeroed).map(|s| s.sectors).sum();
     let data: u64 = layer.segments.iter().filter(|s| !s.zeroed).map(|s| s.sectors).sum();
@@ -178,20 +176,18 @@ fn layer_facts(args: &Args, layer: &Layer) -> Value {
     facts["index_entries_stored"] = json!(layer.stored_entries);
     facts["data_bytes"] = json!(data * SECTOR_SIZE);
     facts["zeroed_bytes"] = json!(zeroed * SECTOR_SIZE);
-    if args.entries {
-        let entries: Vec<Value> = layer
-            .segments
-            .iter()
-            .map(|segment| {
-                json!({
-                    "start_sector": segment.start_sector,
-                    "sectors": segment.sectors,
-                    "mapped_sector": segment.mapped_sector,
-                    "zeroed": segment.zeroed,
-                })
-            })
-            .collect();
-        facts["entries"] = json!(entries);
+    let facts = Facts::from(facts);
+    if !args.entries {
+        return facts;
     }
-    facts
+    facts.with("entries", Rows::of(layer.segments, segment_facts))
+}
+
+fn segment_facts(segment: &lsmt::SegmentMapping) -> Value {
+    json!({
+        "start_sector": segment.start_sector,
+        "sectors": segment.sectors,
+        "mapped_sector": segment.mapped_sector,
+        "zeroed": segment.zeroed,
+    })
 }

@@ -8,26 +8,46 @@
 
 mod args;
 mod attach;
+mod bundle;
+#[cfg(feature = "registry")]
+mod cache;
+mod compact;
+mod create;
 mod detach;
 mod doctor;
 mod explain;
 mod export;
+mod facts;
+mod freeze;
 mod generate;
 mod host;
 mod inspect;
 mod list;
 mod output;
+mod output_file;
+mod own;
+mod recover;
+mod redact;
 mod report;
+mod resize;
+mod restore;
+mod self_test;
+mod serve;
+mod snapshot;
 mod stat;
 mod table;
+mod upgrade;
 mod verify;
 mod version;
+mod why;
 mod zfile;
 
 use crate::error::{ErrorKind, Result};
-use crate::server::SERVE_COMMAND;
+use crate::server::{self, SERVE_COMMAND, SUCCESSOR_COMMAND, SUPERVISE_COMMAND};
 use crate::telemetry::{self, Verbosity};
 use clap::{ArgAction, CommandFactory, Parser, Subcommand};
+use freeze::FREEZE_COMMAND;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// Serve overlaybd container images as Linux block devices through ublk.
@@ -51,7 +71,8 @@ Exit codes:
    4  not supported: a version, a flag, this kernel, this host
    5  a file is damaged
    6  a file or a device does not exist
-   8  a deadline passed
+   7  a registry refuses the credentials
+   8  a deadline passed, or a registry cannot be reached
    9  no space
   11  the kernel's ublk driver refused
   12  the device is in use
@@ -60,42 +81,99 @@ Exit codes:
 #[derive(Debug, Subcommand)]
 enum Command {
     Attach(attach::Args),
+    Create(create::Args),
+    Compact(compact::Args),
+    Resize(resize::Args),
     Detach(detach::Args),
+    Serve(serve::Args),
     List(list::Args),
+    Recover(recover::Args),
+    Restore(restore::Args),
+    Upgrade(upgrade::Args),
+    Snapshot(snapshot::Args),
     Stat(stat::Args),
     Inspect(inspect::Args),
     Verify(verify::Args),
     Export(export::Args),
     Explain(explain::Args),
+    #[cfg(feature = "registry")]
+    Cache(cache::Args),
+    Why(why::Args),
     Zfile(zfile::Args),
     Doctor(doctor::Args),
     Version(version::Args),
     Generate(generate::Args),
 }
 
-/// The command line by which `attach` runs this program as a server. Apart, so that no help, no
-/// completion and no manual page offers it to people.
+/// The commands by which this program runs itself. Apart, so that no help, no completion and no
+/// manual page offers them to people.
 #[derive(Debug, Parser)]
-#[command(name = SERVE_COMMAND)]
-struct ServeCli {
-    #[command(flatten)]
-    args: attach::ServeArgs,
+struct OwnCli {
+    #[command(subcommand)]
+    command: OwnCommand,
 
-    #[arg(short, action = ArgAction::Count)]
+    #[arg(short, action = ArgAction::Count, global = true)]
     verbose: u8,
+}
+
+#[derive(Debug, Subcommand)]
+enum OwnCommand {
+    /// The server of one device, started by `attach`.
+    #[command(name = SERVE_COMMAND)]
+    Serve(attach::ServeArgs),
+    /// A server that takes over from a dead one, started by the supervisor.
+    #[command(name = SUCCESSOR_COMMAND)]
+    Succeed {
+        #[arg(long)]
+        id: u32,
+    },
+    /// The supervisor, started by the first server.
+    #[command(name = SUPERVISE_COMMAND)]
+    Supervise,
+    /// The process that thaws a file system, started by `snapshot`.
+    #[command(name = FREEZE_COMMAND)]
+    Freeze {
+        #[arg()]
+        mount: PathBuf,
+    },
+}
+
+const OWN_COMMANDS: [&str; 4] =
+    [SERVE_COMMAND, SUCCESSOR_COMMAND, SUPERVISE_COMMAND, FREEZE_COMMAND];
+
+impl OwnCommand {
+    fn run(&self, verbosity: u8) -> Result<()> {
+        match self {
+            Self::Serve(args) => attach::run_server(args, verbosity),
+            Self::Succeed { id } => server::serve_successor(*id),
+            Self::Supervise => server::supervise(),
+            Self::Freeze { mount } => freeze::run(mount),
+        }
+    }
 }
 
 impl Command {
     fn run(&self, verbosity: u8) -> Result<()> {
         match self {
             Self::Attach(args) => attach::run(args, verbosity),
+            Self::Create(args) => create::run(args),
+            Self::Compact(args) => compact::run(args),
+            Self::Resize(args) => resize::run(args),
             Self::Detach(args) => detach::run(args),
+            Self::Serve(args) => serve::run(args),
             Self::List(args) => list::run(args),
+            Self::Recover(args) => recover::run(args),
+            Self::Restore(args) => restore::run(args),
+            Self::Upgrade(args) => upgrade::run(args),
+            Self::Snapshot(args) => snapshot::run(args),
             Self::Stat(args) => stat::run(args),
             Self::Inspect(args) => inspect::run(args),
             Self::Verify(args) => verify::run(args),
             Self::Export(args) => export::run(args),
             Self::Explain(args) => explain::run(args),
+            #[cfg(feature = "registry")]
+            Self::Cache(args) => cache::run(args),
+            Self::Why(args) => why::run(args),
             Self::Zfile(args) => zfile::run(args),
             Self::Doctor(args) => doctor::run(args),
             Self::Version(args) => version::run(args),
@@ -107,6 +185,7 @@ impl Command {
     fn verbosity(&self) -> Verbosity {
         match self {
             Self::Attach(args) if args.foreground => Verbosity::Events,
+            Self::Serve(_) => Verbosity::Events,
             _ => Verbosity::Warnings,
         }
     }
@@ -115,12 +194,16 @@ impl Command {
 /// The whole program: reads the arguments of this process, returns its exit code.
 #[must_use]
 pub fn main() -> ExitCode {
-    let mut arguments = std::env::args_os().skip(1).peekable();
-    let outcome = if arguments.peek().is_some_and(|first| first == SERVE_COMMAND) {
-        ServeCli::try_parse_from(arguments).map(|cli| {
+    let first = std::env::args_os().nth(1);
+    let is_own = first.is_some_and(|first| OWN_COMMANDS.iter().any(|name| first == *name));
+    let outcome = if is_own {
+        OwnCli::try_parse().map(|cli| {
+            // Started by a path that says little to people who look at processes.
+            let _ = nix::sys::prctl::set_name(c"obd-ublk");
             // A server's log is for its operator, who was not there.
             telemetry::init(Verbosity::Events.raised(cli.verbose));
-            attach::run_server(&cli.args, cli.verbose)
+            telemetry::log_panics();
+            cli.command.run(cli.verbose)
         })
     } else {
         Cli::try_parse().map(|cli| {
@@ -136,7 +219,7 @@ pub fn main() -> ExitCode {
         }
         Err(error) => {
             // Standard output may be closed already; there is nobody left to tell.
-            let _ = error.print();
+            let _ = report::print_usage_error(&error);
             let code = if error.use_stderr() { ErrorKind::Usage.exit_code() } else { 0 };
             ExitCode::from(code)
         }
@@ -161,7 +244,7 @@ mod tests {
     #[test]
     fn the_definition_is_sound() {
         definition().debug_assert();
-        ServeCli::command().debug_assert();
+        OwnCli::command().debug_assert();
     }
 
     #[test]
@@ -178,6 +261,8 @@ mod tests {
             ErrorKind::Io,
             ErrorKind::Kernel,
             ErrorKind::Timeout,
+            ErrorKind::Unauthorized,
+            ErrorKind::Unavailable,
         ] {
             let line = format!("\n{:>4}  ", kind.exit_code());
             assert!(EXIT_CODES.contains(&line), "{kind:?}");

@@ -1,20 +1,28 @@
-//! What every command may have to say: one result that must arrive, or one error.
+//! What a command says when it fails: one error, on standard error.
 
-use crate::error::{Error, Result};
+use crate::error::Error;
+use crate::telemetry::printable;
 use serde_json::json;
+use std::borrow::Cow;
+use std::ffi::OsString;
 use std::io::Write;
-
-/// Prints `text` to somebody who has to have it: a reader that has gone away is an error.
-pub(super) fn print_or_fail(text: &str) -> Result<()> {
-    let mut stdout = std::io::stdout().lock();
-    let written = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
-    written.map_err(|error| Error::io("write to stdout", &error))
-}
 
 /// Tells why the command failed, in one line on standard error.
 pub(super) fn print_error(error: &Error, as_json: bool) {
     // Without standard error there is nobody to tell; the exit code still says it.
     let _ = writeln!(std::io::stderr().lock(), "{}", error_line(error, as_json));
+}
+
+/// Tells what is wrong with the arguments, or the help that was asked for, as clap words it. It
+/// repeats arguments, which may be names that somebody else chose: with one that would act on the
+/// terminal, everything is told in one plain line.
+pub(super) fn print_usage_error(error: &clap::Error) -> std::io::Result<()> {
+    let acts = |argument: OsString| matches!(printable(&argument.to_string_lossy()), Cow::Owned(_));
+    if !error.use_stderr() || !std::env::args_os().any(acts) {
+        return error.print();
+    }
+    let text = error.render().to_string();
+    writeln!(std::io::stderr().lock(), "{}", printable(text.trim_end()))
 }
 
 fn error_line(error: &Error, as_json: bool) -> String {
@@ -23,7 +31,7 @@ fn error_line(error: &Error, as_json: bool) -> String {
         let (kind, code) = (error.kind().name(), error.exit_code());
         json!({"error": {"kind": kind, "message": message, "exit_code": code}}).to_string()
     } else {
-        format!("obd-ublk: {}", message.replace(['\n', '\r'], " "))
+        format!("obd-ublk: {}", printable(&message))
     }
 }
 
@@ -35,7 +43,7 @@ mod tests {
     #[test]
     fn an_error_is_one_line() {
         let error = Error::new(ErrorKind::Busy, "two\nlines").context("detach");
-        assert_eq!(error_line(&error, false), "obd-ublk: detach: two lines");
+        assert_eq!(error_line(&error, false), r"obd-ublk: detach: two\nlines");
         assert_eq!(
             error_line(&error, true),
             r#"{"error":{"kind":"busy","message":"detach: two\nlines","exit_code":12}}"#

@@ -4,8 +4,8 @@ use super::output::{print_facts, with_progress};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::config::ImageConfig;
 use crate::image::{
-    Layer, LayerReport, Stack, check_layers, load_image_config, load_service_config,
-    looks_like_json, open_each, work_bytes,
+    Layer, LayerReport, Stack, check_layers, load_service_config, open_each, parse_image_config,
+    read_if_config, work_bytes,
 };
 use crate::source::Source;
 use clap::Parser;
@@ -34,9 +34,9 @@ struct Examined {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let examined = if looks_like_json(&args.path)? {
+    let examined = if let Some(text) = read_if_config(&args.path, args.service_config.as_deref())? {
         let service = load_service_config(args.service_config.as_deref())?;
-        let (config, _) = load_image_config(&args.path)?;
+        let config = parse_image_config(&args.path, &text)?;
         let each = open_each(&config, &service);
         each.into_iter().zip(digests(&config)).map(examined).collect()
     } else {
@@ -69,7 +69,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     let stack_error = merge_check(worst.is_none(), layers);
     let ok = worst.is_none() && stack_error.is_none();
-    print_facts(&json!({ "ok": ok, "layers": facts }), args.json)?;
+    print_facts(json!({ "ok": ok, "layers": facts }), args.json)?;
     worst.or(stack_error).map_or(Ok(()), |error| Err(error.context("verify")))
 }
 

@@ -2,7 +2,7 @@
 
 use super::output;
 use crate::error::Result;
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// Print the version and what this program was built with
 #[derive(Debug, clap::Args)]
@@ -27,19 +27,19 @@ const fn libublk() -> Option<&'static str> {
     None
 }
 
+pub(super) fn facts() -> Value {
+    json!({
+        "name": "obd-ublk",
+        "version": VERSION,
+        "architecture": std::env::consts::ARCH,
+        "features": {"ublk": LIBUBLK.is_some()},
+        "libublk": LIBUBLK,
+    })
+}
+
 pub(crate) fn run(args: &Args) -> Result<()> {
     if args.json {
-        let architecture = std::env::consts::ARCH;
-        return output::print_facts(
-            &json!({
-                "name": "obd-ublk",
-                "version": VERSION,
-                "architecture": architecture,
-                "features": {"ublk": LIBUBLK.is_some()},
-            "libublk": LIBUBLK,
-            }),
-            true,
-        );
+        return output::print_facts(facts(), true);
     }
     let ublk = LIBUBLK.map_or("without ublk".to_owned(), |version| format!("libublk {version}"));
     output::print(&format!("obd-ublk {VERSION} ({ublk})\n"))

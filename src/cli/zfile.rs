@@ -1,6 +1,7 @@
 //! `zfile`: one zfile by itself, whatever it holds.
 
-use super::output::{OutputFile, with_progress};
+use super::output::with_progress;
+use super::output_file::OutputFile;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::image::{Payload, Scratch};
 use crate::source::Source;

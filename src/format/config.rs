@@ -317,11 +317,24 @@ pub struct CredentialConfig {
     pub path: String,
     /// Seconds.
     pub timeout: u64,
+    /// Certificate file to show to the service at an `https` URL.
+    pub client_cert_path: String,
+    /// Its key file.
+    pub client_key_path: String,
+    /// The only authority to trust there; empty for the system's.
+    pub server_ca_path: String,
 }
 
 impl Default for CredentialConfig {
     fn default() -> Self {
-        Self { mode: String::new(), path: String::new(), timeout: 1 }
+        Self {
+            mode: String::new(),
+            path: String::new(),
+            timeout: 1,
+            client_cert_path: String::new(),
+            client_key_path: String::new(),
+            server_ca_path: String::new(),
+        }
     }
 }
 
@@ -551,12 +564,17 @@ mod tests {
     #[test]
     fn a_service_config_is_read_and_checked() {
         let text = r#"{"logConfig":{"logLevel":1},"ioEngine":1,"download":{"enable":true,
-            "maxMBps":7},"p2pConfig":{"enable":true,"address":"http://p"}}"#;
+            "maxMBps":7},"p2pConfig":{"enable":true,"address":"http://p"},
+            "credentialConfig":{"mode":"https","server_ca_path":"/ca","client_cert_path":"/c",
+            "client_key_path":"/k"}}"#;
         let config = ServiceConfig::parse(text.as_bytes()).unwrap();
         assert_eq!(
             (config.io_engine, config.download.max_mbps, config.download.delay),
             (1, 7, 300)
         );
+        let service = &config.credential_config;
+        let paths = [&service.server_ca_path, &service.client_cert_path, &service.client_key_path];
+        assert_eq!(paths, ["/ca", "/c", "/k"]);
         let error = ServiceConfig::parse(br#"{"ioEngine":3}"#).unwrap_err();
         assert!(error.to_string().contains("ioEngine: found 3"), "{error}");
     }

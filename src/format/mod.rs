@@ -5,7 +5,9 @@
 //! and expected. The formats themselves are told in `format-spec/`.
 
 pub mod config;
+mod flags;
 pub mod lsmt;
+pub mod parcel;
 pub mod tar;
 pub mod trace;
 pub mod zfile;

@@ -1,13 +1,16 @@
 //! One layer: its payload and its index, checked.
 
-use super::payload::Payload;
+use super::payload::{Payload, read_in_pieces};
 use super::reader::Scratch;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::format::lsmt::{self, Header, SegmentMapping};
-use crate::source::Source;
+use crate::source::{FileIdentity, MappedFile, Source};
 use crate::units::{to_u64, to_usize, whole_sectors};
+use crate::upper;
+use std::fs::File;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// How a layer is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,13 +82,52 @@ impl Layer {
         })
     }
 
-    /// Opens a writable pair as a read-only view of what it holds now.
+    /// As [`Layer::open_sealed`] for an open file of `bytes`; `path` is for messages.
     ///
     /// # Errors
-    /// As [`Layer::open_sealed`].
+    /// As there; `Corrupt` for another file than the expected one.
+    pub fn adopt_sealed(
+        path: PathBuf,
+        file: File,
+        expected: FileIdentity,
+        bytes: u64,
+    ) -> Result<Self> {
+        let name = path.display().to_string();
+        let mapped = MappedFile::adopt(path, file.into(), expected, bytes)?;
+        Self::open_sealed(name, Source::Mapped(Arc::new(mapped)))
+    }
+
+    /// Opens a writable pair as a read-only view of what it holds now: what was flushed, and what
+    /// the journal of its server holds, which may be running.
+    ///
+    /// # Errors
+    /// As [`Layer::open_sealed`]; `Corrupt` for a journal that does not fit the pair.
     pub fn open_writable(data: &Path, index: &Path) -> Result<Self> {
-        let source = Source::open(data)?;
+        let (layer, _) = Self::open_flushed(data, index)?;
+        let identity = match layer.payload.source() {
+            Source::Mapped(mapped) if layer.kind == LayerKind::WritableAppend => {
+                FileIdentity::of(mapped.file())
+                    .map_err(|error| Error::io(format!("stat {}", data.display()), &error))?
+            }
+            _ => return Ok(layer),
+        };
+        let view = || {
+            let (layer, index_bytes) = Self::open_flushed(data, index)?;
+            let data_end_sector = whole_sectors(layer.payload.bytes());
+            Ok((layer, index_bytes, data_end_sector))
+        };
+        let uuid = layer.header.uuid;
+        drop(layer);
+        let (mut layer, unflushed) = upper::overlay_journal(identity, uuid, view)?;
+        layer.segments.extend(unflushed);
+        Ok(layer)
+    }
+
+    /// The view of what was flushed, and the length of the index file.
+    fn open_flushed(data: &Path, index: &Path) -> Result<(Self, u64)> {
+        // The index first: what it points at is in the data file by then.
         let index_source = Source::open(index)?;
+        let source = Source::open(data)?;
         let payload = Payload::plain(source);
         let mut scratch = Scratch::new(std::iter::once(&payload))?;
         let data_header = read_header(&mut scratch, &payload, 0, "header of the data file")?;
@@ -102,13 +144,11 @@ impl Layer {
             let entries = to_u64(segments.len());
             (LayerKind::WritableSparse, segments, entries)
         } else {
-            let log_bytes = index_payload.bytes().saturating_sub(lsmt::HEADER_BYTES);
-            let log = read_vec(&mut scratch, &index_payload, lsmt::HEADER_BYTES, log_bytes)?;
             let end_sector = whole_sectors(payload.bytes());
-            let segments = lsmt::parse_writable_log(&log, lsmt::HEADER_BYTES, end_sector)?;
-            (LayerKind::WritableAppend, segments, log_bytes / to_u64(SegmentMapping::BYTES))
+            let (segments, entries) = read_log(index_payload.source(), end_sector)?;
+            (LayerKind::WritableAppend, segments, entries)
         };
-        Ok(Self {
+        let layer = Self {
             kind,
             name: data.display().to_string(),
             header: data_header,
@@ -116,8 +156,21 @@ impl Layer {
             segments,
             stored_entries,
             payload,
-        })
+        };
+        Ok((layer, index_payload.bytes()))
     }
+}
+
+/// The log in the index file of a writable pair without what a power cut tore, and how many entries
+/// the file has, blank ones included.
+fn read_log(source: &Source, data_end_sector: u64) -> Result<(Vec<SegmentMapping>, u64)> {
+    let entries = source.bytes().saturating_sub(lsmt::HEADER_BYTES) / to_u64(SegmentMapping::BYTES);
+    lsmt::check_log_entries(entries, lsmt::HEADER_BYTES)?;
+    let mut scanner = lsmt::LogScanner::new(data_end_sector);
+    read_in_pieces(source, lsmt::HEADER_BYTES..source.bytes(), |at_byte, piece| {
+        scanner.push(piece, at_byte)
+    })?;
+    Ok((scanner.finish().segments, entries))
 }
 
 fn read_header(

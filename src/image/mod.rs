@@ -9,29 +9,50 @@
 //! A read asks the map for its extents; zeros are filled, a raw layer's bytes are copied out of
 //! the mapped file straight into the request's buffer, a compressed layer's blocks are decoded
 //! straight into it. A reader owns all memory that this takes, so a read that hits allocates
-//! nothing and takes no lock. `Stack` keeps what only tools need (`inspect`, `explain`, `verify`).
+//! nothing and takes no lock. A [`Parcel`] carries an image into the process that takes over when
+//! this one dies. A [`WritableImage`] puts a pair of `upper` on top of the lowers, and a
+//! [`SparseImage`] one in sparse form. `Stack` keeps what only tools need (`inspect`, `explain`,
+//! `verify`).
 
 mod blocks;
 mod check;
+#[cfg(feature = "registry")]
+mod elsewhere;
 mod export;
+mod identity;
 mod layer;
+mod live;
 mod open;
+mod parcel;
 mod payload;
 mod reader;
+mod single;
+mod sparse_image;
 mod stack;
+mod writable;
 
 pub use check::{LayerReport, check_layers, work_bytes};
+#[cfg(feature = "registry")]
+pub use elsewhere::{cache_settings, folders as folders_elsewhere};
+pub use identity::LayerIdentity;
 pub use layer::{Layer, LayerKind};
+pub use live::{LiveImage, LiveWorker};
 pub use open::{
-    check_output, load_image_config, load_service_config, looks_like_json, open_each, read_config,
+    check_output, load_image_config, load_service_config, open_each, parse_image_config,
+    read_config, read_if_config,
 };
+pub use parcel::Parcel;
 pub use payload::{Payload, Wrapping, ZfilePart};
 pub use reader::{Reader, Scratch};
+pub use single::{is_reference, read_config_or_layer};
+pub use sparse_image::{SparseImage, SparseImageWorker};
 pub use stack::{Provenance, Stack};
+pub use writable::{UpperChoice, WritableImage, WritableWorker};
 
 use crate::disk::{Disk, Geometry};
 use crate::error::Result;
 use crate::map::FlatMap;
+use crate::source::{RemoteBlob, Source};
 use crate::units::SECTOR_SIZE;
 use std::path::Path;
 use std::sync::Arc;
@@ -49,15 +70,37 @@ struct Parts {
     map: FlatMap,
 }
 
+impl Parts {
+    /// The layers that lie elsewhere.
+    fn remote_blobs(&self) -> impl Iterator<Item = &dyn RemoteBlob> {
+        self.payloads.iter().filter_map(|payload| match payload.source() {
+            Source::Remote(blob) => Some(&**blob),
+            Source::Mapped(_) | Source::Memory(_) => None,
+        })
+    }
+}
+
 impl Image {
-    /// Opens the image that a `config.v1.json` describes, read-only. Relative paths in the config
-    /// are taken from the current directory. An upper is part of the view, and is not written.
+    /// Opens the image that a `config.v1.json` describes, read-only, or the one layer that is there
+    /// in its place. Relative paths in the config are taken from the current directory. An upper is
+    /// part of the view, and is not written.
     ///
     /// # Errors
     /// Located: which layer, which file, what is wrong with it.
     pub fn open_config(config: &Path, service_config: Option<&Path>) -> Result<Self> {
+        let text = read_config_or_layer(config, service_config)?;
+        Self::open_bytes(config, &text, service_config)
+    }
+
+    /// As [`Image::open_config`] for a config that was read already, as `bytes` from `config`: who
+    /// judged it (where its results go, whether it is writable) then knows that the image is of
+    /// the same text, though somebody replaced the file meanwhile.
+    ///
+    /// # Errors
+    /// As [`Image::open_config`], but for reading the config.
+    pub fn open_bytes(config: &Path, bytes: &[u8], service_config: Option<&Path>) -> Result<Self> {
         let service = load_service_config(service_config)?;
-        let (config, _) = load_image_config(config)?;
+        let config = parse_image_config(config, bytes)?;
         Stack::open(&config, &service)?.into_image()
     }
 
@@ -83,10 +126,19 @@ impl Disk for Image {
             sectors: self.parts.map.virtual_sectors(),
             read_only: true,
             optimal_io_bytes: blocks.max().unwrap_or(4096),
+            discard_granularity_bytes: None,
         }
     }
 
     fn worker(&self) -> Result<Reader> {
         Reader::new(Arc::clone(&self.parts))
+    }
+
+    fn may_wait(&self) -> bool {
+        self.parts.remote_blobs().next().is_some()
+    }
+
+    fn cancel(&self) {
+        self.parts.remote_blobs().for_each(|blob| blob.cancel());
     }
 }

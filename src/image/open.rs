@@ -1,11 +1,13 @@
 //! From a config to open layers: the only place that knows where a layer's file may be.
 
 use super::layer::Layer;
+use super::single::{is_reference, read_config_or_layer};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::format::config::{ImageConfig, LowerConfig, ServiceConfig};
-use crate::limits::CONFIG_BYTES_MAX;
+use crate::limits::{CONFIG_BYTES_MAX, OPEN_REMOTE_THREADS_MAX};
 use crate::source::{Source, is_same_file, open_regular};
 use crate::units::to_u64;
+use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -20,14 +22,20 @@ const OPEN_THREADS_MAX: usize = 8;
 /// How far into a file we look for the brace of a config: more than anybody's indentation.
 const JSON_PROBE_BYTES: u64 = 256;
 
-/// Reads and parses a `config.v1.json`; also returns its text as read.
+/// Reads and parses a `config.v1.json`. The file of a layer stands for a stack of this one layer.
 ///
 /// # Errors
-/// `NotFound`, `InvalidConfig` with the place in the file, `Unsupported` for TurboOCI.
-pub fn load_image_config(path: &Path) -> Result<(ImageConfig, Vec<u8>)> {
-    let bytes = read_config(path)?;
-    let config = ImageConfig::parse(&bytes).context(|| format!("parse {}", path.display()))?;
-    Ok((config, bytes))
+/// As [`read_config_or_layer`] and [`parse_image_config`].
+pub fn load_image_config(path: &Path, service_config: Option<&Path>) -> Result<ImageConfig> {
+    parse_image_config(path, &read_config_or_layer(path, service_config)?)
+}
+
+/// Parses a `config.v1.json` that was read from `path`.
+///
+/// # Errors
+/// `InvalidConfig` with the place in the file, `Unsupported` for TurboOCI.
+pub fn parse_image_config(path: &Path, bytes: &[u8]) -> Result<ImageConfig> {
+    ImageConfig::parse(bytes).context(|| format!("parse {}", path.display()))
 }
 
 /// Reads and parses an `overlaybd.json`. Without a path the default place is tried, and its
@@ -53,17 +61,53 @@ pub fn load_service_config(path: Option<&Path>) -> Result<ServiceConfig> {
 /// `NotFound`, `InvalidConfig` for more than [`CONFIG_BYTES_MAX`] bytes, `InvalidFormat` for
 /// anything but a regular file, `Io`.
 pub fn read_config(path: &Path) -> Result<Vec<u8>> {
+    read_rest(path, open_regular(path)?, Vec::new())
+}
+
+#[cfg(feature = "registry")]
+fn config_of(reference: &Path, service_config: Option<&Path>) -> Result<Vec<u8>> {
+    super::elsewhere::config_of(reference, &load_service_config(service_config)?)
+}
+
+#[cfg(not(feature = "registry"))]
+fn config_of(reference: &Path, _service_config: Option<&Path>) -> Result<Vec<u8>> {
+    let message = format!("{}: this program was built without registries", reference.display());
+    Err(Error::new(ErrorKind::Unsupported, message))
+}
+
+/// The text of a config file; `None` for a layer or anything else. What tells the two apart is the
+/// first character that is no space: a brace.
+///
+/// # Errors
+/// As [`read_config`].
+pub fn read_if_config(path: &Path, service_config: Option<&Path>) -> Result<Option<Vec<u8>>> {
+    if is_reference(path) {
+        return config_of(path, service_config).map(Some);
+    }
     let file = open_regular(path)?;
-    let mut bytes = Vec::new();
-    file.take(CONFIG_BYTES_MAX + 1)
-        .read_to_end(&mut bytes)
+    let mut head = Vec::new();
+    (&file)
+        .take(JSON_PROBE_BYTES)
+        .read_to_end(&mut head)
         .map_err(|error| Error::io(format!("read {}", path.display()), &error))?;
-    if to_u64(bytes.len()) > CONFIG_BYTES_MAX {
+    if head.iter().find(|byte| !byte.is_ascii_whitespace()) != Some(&b'{') {
+        return Ok(None);
+    }
+    read_rest(path, file, head).map(Some)
+}
+
+/// The whole text of a config whose front is `text` already.
+fn read_rest(path: &Path, file: File, mut text: Vec<u8>) -> Result<Vec<u8>> {
+    let room = (CONFIG_BYTES_MAX + 1).saturating_sub(to_u64(text.len()));
+    file.take(room)
+        .read_to_end(&mut text)
+        .map_err(|error| Error::io(format!("read {}", path.display()), &error))?;
+    if to_u64(text.len()) > CONFIG_BYTES_MAX {
         let message =
             format!("read {}: more than {CONFIG_BYTES_MAX} bytes, the limit", path.display());
         return Err(Error::new(ErrorKind::InvalidConfig, message));
     }
-    Ok(bytes)
+    Ok(text)
 }
 
 /// Refuses to write `output` where the image is read from: its config, a layer, its upper.
@@ -86,24 +130,11 @@ pub fn check_output(config_path: &Path, config: &ImageConfig, output: &Path) -> 
     Err(Error::new(ErrorKind::InvalidConfig, message))
 }
 
-/// Whether a file is a config rather than a layer: its first character that is no space is `{`.
-///
-/// # Errors
-/// As [`load_image_config`] when it cannot be read.
-pub fn looks_like_json(path: &Path) -> Result<bool> {
-    let mut head = Vec::new();
-    open_regular(path)?
-        .take(JSON_PROBE_BYTES)
-        .read_to_end(&mut head)
-        .map_err(|error| Error::io(format!("read {}", path.display()), &error))?;
-    Ok(head.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'{'))
-}
-
 /// Opens every layer of a config, several at a time: the lowers, lowest first, and the upper. What
 /// cannot be opened does not stop the others.
 #[must_use]
-pub fn open_each(config: &ImageConfig, _service: &ServiceConfig) -> Vec<Result<Layer>> {
-    let mut layers = open_lowers(config.stack_lowers());
+pub fn open_each(config: &ImageConfig, service: &ServiceConfig) -> Vec<Result<Layer>> {
+    let mut layers = open_lowers(config, service);
     if let Some(upper) = &config.upper {
         let (data, index) = (Path::new(&upper.data), Path::new(&upper.index));
         let opened = Layer::open_writable(data, index);
@@ -112,16 +143,23 @@ pub fn open_each(config: &ImageConfig, _service: &ServiceConfig) -> Vec<Result<L
     layers
 }
 
-fn open_lowers(lowers: &[LowerConfig]) -> Vec<Result<Layer>> {
+fn open_lowers(config: &ImageConfig, service: &ServiceConfig) -> Vec<Result<Layer>> {
+    let lowers = config.stack_lowers();
+    let finder = Finder::new(config, service);
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = threads.min(OPEN_THREADS_MAX).min(lowers.len());
+    let threads = if lowers.iter().any(|lower| !lower.digest.is_empty()) {
+        OPEN_REMOTE_THREADS_MAX
+    } else {
+        threads.min(OPEN_THREADS_MAX)
+    };
+    let threads = threads.min(lowers.len());
     let next = AtomicUsize::new(0);
     let work = || {
         let mut opened = Vec::new();
         loop {
             let number = next.fetch_add(1, Ordering::Relaxed);
             let Some(lower) = lowers.get(number) else { return opened };
-            opened.push((number, open_lower(number, lower)));
+            opened.push((number, finder.open(number, lower)));
         }
     };
     let mut results = std::thread::scope(|scope| {
@@ -137,19 +175,80 @@ fn open_lowers(lowers: &[LowerConfig]) -> Vec<Result<Layer>> {
     results.into_iter().map(|(_, result)| result).collect::<Vec<_>>()
 }
 
-fn open_lower(number: usize, lower: &LowerConfig) -> Result<Layer> {
-    let path = find_lower(lower).context(|| format!("open layer {number}"))?;
-    Source::open(&path)
-        .and_then(|source| Layer::open_sealed(path.display().to_string(), source))
-        .context(|| format!("open layer {number} ({})", path.display()))
+/// Finds layers: in local files, else in a registry.
+struct Finder<'a> {
+    #[cfg(feature = "registry")]
+    config: &'a ImageConfig,
+    #[cfg(feature = "registry")]
+    service: &'a ServiceConfig,
+    /// Made when the first layer needs it.
+    #[cfg(feature = "registry")]
+    elsewhere: std::sync::OnceLock<Result<super::elsewhere::Elsewhere>>,
+    #[cfg(not(feature = "registry"))]
+    nothing: std::marker::PhantomData<&'a ()>,
+}
+
+impl<'a> Finder<'a> {
+    #[cfg(feature = "registry")]
+    fn new(config: &'a ImageConfig, service: &'a ServiceConfig) -> Self {
+        Self { config, service, elsewhere: std::sync::OnceLock::new() }
+    }
+
+    #[cfg(not(feature = "registry"))]
+    fn new(_config: &'a ImageConfig, _service: &'a ServiceConfig) -> Self {
+        Self { nothing: std::marker::PhantomData }
+    }
+
+    fn open(&self, number: usize, lower: &LowerConfig) -> Result<Layer> {
+        let (name, source) = match find_lower(lower).context(|| format!("open layer {number}"))? {
+            Found::Here(path) => (path.display().to_string(), Source::open(&path)),
+            Found::Nowhere(looked) => (lower.digest.clone(), self.fetch(lower, &looked)),
+        };
+        source
+            .and_then(|source| Layer::open_sealed(name.clone(), source))
+            .context(|| format!("open layer {number} ({name})"))
+    }
+
+    #[cfg(feature = "registry")]
+    fn fetch(&self, lower: &LowerConfig, looked: &str) -> Result<Source> {
+        use super::elsewhere::{Elsewhere, nowhere};
+        let url = &self.config.repo_blob_url;
+        if url.is_empty() && lower.repo_blob_url.is_empty() {
+            return Err(nowhere(looked));
+        }
+        let elsewhere = self.elsewhere.get_or_init(|| Elsewhere::new(self.service));
+        match elsewhere {
+            Ok(elsewhere) => elsewhere.open(lower, url),
+            Err(error) => Err(Error::new(error.kind(), format!("{error:#}"))),
+        }
+    }
+
+    #[cfg(not(feature = "registry"))]
+    fn fetch(&self, lower: &LowerConfig, looked: &str) -> Result<Source> {
+        let Self { nothing: _ } = self;
+        let message = format!(
+            "no local file (looked at {looked}), and this program was built without registries to \
+             pull {} from",
+            lower.digest
+        );
+        Err(Error::new(ErrorKind::Unsupported, message))
+    }
+}
+
+/// Where a layer is.
+enum Found {
+    /// In this file.
+    Here(PathBuf),
+    /// In none of these files; but it has a digest.
+    Nowhere(String),
 }
 
 /// The first candidate that exists, in the reference's order.
-fn find_lower(lower: &LowerConfig) -> Result<PathBuf> {
+fn find_lower(lower: &LowerConfig) -> Result<Found> {
     let candidates = lower.local_candidates();
     for path in &candidates {
         match path.try_exists() {
-            Ok(true) => return Ok(path.clone()),
+            Ok(true) => return Ok(Found::Here(path.clone())),
             Ok(false) => {}
             Err(error) => return Err(Error::io(format!("look for {}", path.display()), &error)),
         }
@@ -163,11 +262,7 @@ fn find_lower(lower: &LowerConfig) -> Result<PathBuf> {
     if lower.digest.is_empty() {
         return Err(Error::new(ErrorKind::NotFound, format!("no such file (looked at {looked})")));
     }
-    let message = format!(
-        "no local file (looked at {looked}), and pulling {} from a registry is not supported yet",
-        lower.digest
-    );
-    Err(Error::new(ErrorKind::Unsupported, message))
+    Ok(Found::Nowhere(looked))
 }
 
 #[cfg(test)]
@@ -188,5 +283,26 @@ mod tests {
         assert_eq!(kind("large"), ErrorKind::InvalidConfig);
         large.set_len(CONFIG_BYTES_MAX).unwrap();
         assert!(read_config(&folder.path().join("large")).is_ok());
+    }
+
+    #[test]
+    fn a_config_is_told_from_a_layer_and_read_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let read = |content: &[u8]| {
+            std::fs::write(&path, content).unwrap();
+            read_if_config(&path, None)
+        };
+        let long = [b" \n\t{".as_slice(), &[b'x'; 1000]].concat();
+        for config in [b"{".as_slice(), b"  {}", &long] {
+            assert_eq!(read(config).unwrap().as_deref(), Some(config));
+        }
+        for other in [b"".as_slice(), b"  ", b"LSMT{", b"[{}]", &[b' '; 1000]] {
+            assert_eq!(read(other).unwrap(), None);
+        }
+        let large = usize::try_from(CONFIG_BYTES_MAX).unwrap() + 1;
+        let error = read(&vec![b'{'; large]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidConfig);
+        assert!(read(&vec![b'{'; large - 1]).unwrap().is_some());
     }
 }

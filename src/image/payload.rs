@@ -8,9 +8,12 @@
 
 use crate::error::{Error, Result, ResultExt};
 use crate::format::tar;
-use crate::format::zfile::{self, Algorithm, Header, JumpTable};
+use crate::format::zfile::{self, Algorithm, Header, JumpTable, JumpTableBuilder};
+use crate::limits::INDEX_PIECE_BYTES;
 use crate::source::Source;
 use crate::units::{to_u64, to_usize};
+use std::ops::Range;
+use std::sync::Arc;
 
 /// What lies around a layer's LSMT file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,17 +35,17 @@ pub struct ZfilePart {
     pub jump_table: JumpTable,
 }
 
-/// A layer's bytes after unwrapping.
-#[derive(Debug)]
+/// A layer's bytes after unwrapping. A clone is of the same open file.
+#[derive(Clone, Debug)]
 pub struct Payload {
     source: Source,
     wrapping: Wrapping,
-    zfile: Option<ZfilePart>,
+    zfile: Option<Arc<ZfilePart>>,
 }
 
 impl Payload {
-    /// Probes a source for its wrappings and checks their structure. Takes memory for the jump
-    /// table: 4 bytes as read and 5 as kept for each block, and a block has 4 bytes in the file.
+    /// Probes a source for its wrappings and checks their structure. The jump table takes memory as
+    /// it is read: see [`INDEX_PIECE_BYTES`].
     ///
     /// # Errors
     /// When it is a tar wrapper or a zfile, and broken.
@@ -60,8 +63,19 @@ impl Payload {
             },
             None => Wrapping { offset_bytes: 0, stored_bytes: file_bytes, tar: false },
         };
-        let zfile = open_zfile(&source, wrapping)?;
+        let zfile = open_zfile(&source, wrapping)?.map(Arc::new);
         Ok(Self { source, wrapping, zfile })
+    }
+
+    /// A payload whose structure another process has parsed and checked.
+    #[must_use]
+    pub(super) fn restored(
+        source: Source,
+        wrapping: Wrapping,
+        zfile: Option<(Header, JumpTable)>,
+    ) -> Self {
+        let zfile = zfile.map(|(header, jump_table)| Arc::new(ZfilePart { header, jump_table }));
+        Self { source, wrapping, zfile }
     }
 
     /// A payload that is the whole file as it is, never probed: the data file of a writable pair.
@@ -95,7 +109,7 @@ impl Payload {
     /// The zfile part, if the payload is compressed.
     #[must_use]
     pub fn zfile(&self) -> Option<&ZfilePart> {
-        self.zfile.as_ref()
+        self.zfile.as_deref()
     }
 
     /// Size of a compression block, if the payload is compressed.
@@ -146,9 +160,33 @@ fn open_zfile(source: &Source, wrapping: Wrapping) -> Result<Option<ZfilePart>> 
     };
     let layout = zfile::layout(&header, trailer.as_ref(), wrapping.stored_bytes)
         .context(context("layout"))?;
-    let table = read(layout.index.start, layout.index.end - layout.index.start)?;
-    let jump_table = JumpTable::parse(&table, &layout).context(context("jump table"))?;
+    let start = wrapping.offset_bytes + layout.index.start;
+    let end = wrapping.offset_bytes + layout.index.end;
+    let mut table = JumpTableBuilder::new(&layout);
+    read_in_pieces(source, start..end, |_, piece| {
+        table.push(piece).context(context("jump table"))
+    })?;
+    let jump_table = table.finish().context(context("jump table"))?;
     Ok(Some(ZfilePart { header: layout.header, jump_table }))
+}
+
+/// Hands the bytes of `range` to `take`, which may end it with an error, in order and in pieces of
+/// [`INDEX_PIECE_BYTES`]; with each comes its place.
+pub(super) fn read_in_pieces(
+    source: &Source,
+    range: Range<u64>,
+    mut take: impl FnMut(u64, &[u8]) -> Result<()>,
+) -> Result<()> {
+    let mut here = range.start;
+    let mut buffer = Vec::new();
+    while here < range.end {
+        let piece_bytes = (range.end - here).min(INDEX_PIECE_BYTES);
+        buffer.resize(to_usize(piece_bytes).unwrap_or(0), 0);
+        source.read(here, &mut buffer)?;
+        take(here, &buffer)?;
+        here += piece_bytes;
+    }
+    Ok(())
 }
 
 /// `len` bytes in fresh memory. The range is checked against the source before memory is taken.

@@ -7,7 +7,9 @@ use crate::disk::Worker;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::zfile::{Algorithm, Decoder};
 use crate::map::Target;
+use crate::source::Source;
 use crate::units::{SECTOR_SIZE, bytes_to_sectors, to_u64, to_usize};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Decoding only the front of a block costs up to three times as much per byte as decoding the
@@ -202,6 +204,40 @@ impl Worker for Reader {
         debug_assert!(rest.is_empty(), "extents cover the request");
         Ok(())
     }
+
+    fn would_wait(&mut self, sectors: Range<u64>) -> bool {
+        let parts = &self.parts;
+        let count = sectors.end.saturating_sub(sectors.start);
+        parts.map.extents(sectors.start, count).any(|extent| {
+            let Target::Data { layer, sector } = extent.target else { return false };
+            let bytes = extent.sectors.saturating_mul(SECTOR_SIZE);
+            let at_byte = sector.saturating_mul(SECTOR_SIZE);
+            let payload = parts.payloads.get(usize::from(layer));
+            payload.is_some_and(|payload| !is_here(payload, at_byte, bytes))
+        })
+    }
+}
+
+/// Whether the stored bytes behind `len` bytes of a payload are all here.
+fn is_here(payload: &Payload, offset_bytes: u64, len: u64) -> bool {
+    let Source::Remote(blob) = payload.source() else { return true };
+    let end = offset_bytes.saturating_add(len);
+    let stored = match payload.zfile() {
+        None => offset_bytes..end,
+        Some(part) => {
+            let block_bytes = u64::from(part.header.block_bytes);
+            let blocks = part.jump_table.block_count();
+            let (first, last) = (offset_bytes / block_bytes, end.saturating_sub(1) / block_bytes);
+            if last >= blocks {
+                // Not there at all: the read will say so.
+                return true;
+            }
+            let first = part.jump_table.compressed_range(first);
+            first.start..part.jump_table.compressed_range(last).end
+        }
+    };
+    let at_byte = payload.wrapping().offset_bytes.saturating_add(stored.start);
+    blob.is_here(at_byte, stored.end.saturating_sub(stored.start))
 }
 
 #[cold]
@@ -213,3 +249,6 @@ fn no_such_layer(layer: u16) -> Error {
 fn layer_context(error: Error, payload: &Payload, layer: u16) -> Error {
     error.context(format!("read layer {layer} ({:?})", payload.source()))
 }
+
+#[cfg(test)]
+mod tests;

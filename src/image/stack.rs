@@ -141,6 +141,46 @@ impl Stack {
     }
 }
 
+impl Image {
+    /// The image `below`, if there is one, with one more layer on top. The files below stay open as
+    /// they are: none is looked for again.
+    ///
+    /// # Errors
+    /// `Unsupported` for more layers than a stack may have; as [`Stack::merge`].
+    pub fn with_layer(below: Option<&Self>, layer: Layer) -> Result<Self> {
+        let Some(Self { parts }) = below else {
+            return Stack::from_layers(vec![layer])?.into_image();
+        };
+        let count = parts.payloads.len();
+        let top = u16::try_from(count).ok().filter(|_| count < LAYER_COUNT_MAX);
+        let Some(top) = top else {
+            let message = format!("{count} layers are there already, the most that a stack has");
+            return Err(Error::new(ErrorKind::Unsupported, message));
+        };
+        let map = &parts.map;
+        let mut strokes: Vec<Stroke> = map
+            .extents(0, map.virtual_sectors())
+            .map(|extent| Stroke {
+                start_sector: extent.start_sector,
+                end_sector: extent.start_sector + extent.sectors,
+                height: 0,
+                target: extent.target,
+            })
+            .collect();
+        let above =
+            layer.segments.iter().map(|segment| Stroke { height: 1, ..stroke(segment, top) });
+        strokes.extend(above);
+        let bytes = if layer.virtual_bytes > 0 {
+            layer.virtual_bytes
+        } else {
+            map.virtual_sectors() * SECTOR_SIZE
+        };
+        let map = FlatMap::build(&paint(strokes), bytes / SECTOR_SIZE)?;
+        let payloads = parts.payloads.iter().cloned().chain([layer.payload]).collect();
+        Ok(Self { parts: Arc::new(Parts { payloads, map }) })
+    }
+}
+
 fn stroke(segment: &SegmentMapping, layer: u16) -> Stroke {
     let target = if segment.zeroed {
         Target::Zero

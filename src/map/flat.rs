@@ -18,13 +18,13 @@ const WALK_MAX: usize = 8;
 
 /// A [`Target`] in one word: layer in the top 16 bits, sector in the lower 48; all ones is zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Packed(u64);
+pub(super) struct Packed(pub(super) u64);
 
 impl Packed {
-    const ZERO: Self = Self(u64::MAX);
+    pub(super) const ZERO: Self = Self(u64::MAX);
     const SECTOR_BITS: u32 = LAYER_SECTORS_MAX.trailing_zeros();
 
-    fn pack(target: Target) -> Option<Self> {
+    pub(super) fn pack(target: Target) -> Option<Self> {
         match target {
             Target::Zero => Some(Self::ZERO),
             Target::Data { layer, sector } if sector < LAYER_SECTORS_MAX && layer < u16::MAX => {
@@ -35,7 +35,7 @@ impl Packed {
     }
 
     #[inline]
-    fn unpack_at(self, sectors_in: u64) -> Target {
+    pub(super) fn unpack_at(self, sectors_in: u64) -> Target {
         if self == Self::ZERO {
             return Target::Zero;
         }

@@ -7,16 +7,20 @@
 //! [`paint`](paint::paint) runs once, at open; it costs O(n log n) in the index entries of all
 //! layers. [`FlatMap`] is what every read asks; a lookup is one table access and a search inside
 //! one bucket, whatever the number of layers, and planning a request allocates nothing. Pure: no
-//! I/O, no locks, no `unsafe`.
+//! I/O, no locks, no `unsafe`. [`UpperMap`] is the other kind: the map of a writable upper, which
+//! changes with every write.
 
 mod flat;
 mod paint;
+mod stored;
+mod upper_map;
 
 #[cfg(test)]
 mod tests;
 
 pub use flat::{Extent, Extents, FlatMap};
 pub use paint::{Run, Stroke, paint};
+pub use upper_map::{Content, Stretch, UpperMap};
 
 /// Where the bytes of a run come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

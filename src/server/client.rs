@@ -22,7 +22,7 @@ pub(super) fn request(socket: &Path, op: Op, patience: Duration) -> Result<Reply
     let canceled = |error: &dyn std::fmt::Display| {
         Error::new(ErrorKind::Canceled, format!("the server went away: {error}"))
     };
-    wire::write_line(&stream, &protocol::encode_request(op), patience)
+    wire::write_line(&stream, &protocol::encode_request(&op), patience)
         .map_err(|error| canceled(&error))?;
     let line = wire::read_line(&stream, CONTROL_REPLY_BYTES_MAX, patience);
     let line = line.map_err(|error| match error {

@@ -15,6 +15,37 @@ pub(super) struct ConfigView {
     pub(super) content: Value,
 }
 
+/// The names of an upper's files in a folder of its own: as the reference calls them.
+const UPPER_FILES: [(&str, &str); 2] = [("data", "writable_data"), ("index", "writable_index")];
+
+impl ConfigView {
+    /// The same image with the upper in `folder` (an absolute path) on top.
+    ///
+    /// # Errors
+    /// `Usage` when the config names an upper already, `InvalidConfig` for a folder whose name is
+    /// no UTF-8.
+    pub(super) fn with_upper(mut self, folder: &Path) -> Result<Self> {
+        if self.writable {
+            let message = "the config names an upper of its own already";
+            return Err(Error::new(ErrorKind::Usage, message));
+        }
+        let mut upper = serde_json::Map::new();
+        for (key, name) in UPPER_FILES {
+            let path = folder.join(name);
+            let path = path.to_str().ok_or_else(|| {
+                let message = format!("{} cannot be told in JSON", path.display());
+                Error::new(ErrorKind::InvalidConfig, message)
+            })?;
+            upper.insert(key.to_owned(), path.into());
+        }
+        if let Some(top) = self.content.as_object_mut() {
+            top.insert("upper".to_owned(), upper.into());
+        }
+        self.writable = true;
+        Ok(self)
+    }
+}
+
 /// The `resultFile` of a config, made absolute from `folder`, as far as it can be found.
 #[must_use]
 pub(super) fn result_file(bytes: &[u8], folder: &Path) -> Option<PathBuf> {

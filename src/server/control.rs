@@ -8,10 +8,13 @@
 //! Only root, or whoever runs the server, is listened to.
 
 use super::protocol::{self, DeviceStat, Op, Reply};
+use super::served::StopMode;
+use super::snapshot::{After, Leftovers, SnapshotOrder, SnapshotReport};
+use super::supervisor::Link;
 use super::wire;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{CONTROL_CLIENT_MS_MAX, CONTROL_REQUEST_BYTES_MAX};
-use nix::sys::socket::{Shutdown, getsockopt, shutdown, sockopt::PeerCredentials};
+use nix::sys::socket::{Shutdown, UnixCredentials, getsockopt, shutdown, sockopt::PeerCredentials};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -27,9 +30,39 @@ pub(super) enum Event {
     /// A signal asked for the end; its name.
     Signal(&'static str),
     /// A client asks for the end.
-    Stop(Sender<Result<()>>),
+    Stop(StopMode, Sender<Result<()>>),
     /// A client asks for the counters.
     Stat(Sender<DeviceStat>),
+    /// The image was opened, or not.
+    Opened,
+    /// The device is over.
+    Gone,
+    /// The supervisor has another process ready to take the device over.
+    Yield,
+    /// The supervisor is gone.
+    Orphaned,
+    /// Another supervisor was found, or none.
+    Relinked(Option<Link>),
+    /// A client, this process, asks for a snapshot.
+    Snapshot(SnapshotWish),
+    /// A snapshot was taken, or not.
+    Snapshotted(Box<Snapshotted>),
+}
+
+/// A snapshot that somebody waits for.
+#[derive(Debug)]
+pub(super) struct SnapshotWish {
+    pub(super) order: Box<SnapshotOrder>,
+    /// In whose mounts its paths are.
+    pub(super) pid: i32,
+    pub(super) answer: Sender<Result<SnapshotReport>>,
+}
+
+/// How a snapshot went.
+#[derive(Debug)]
+pub(super) struct Snapshotted {
+    pub(super) outcome: Result<(SnapshotReport, After, Leftovers)>,
+    pub(super) answer: Sender<Result<SnapshotReport>>,
 }
 
 const PATIENCE: Duration = Duration::from_millis(CONTROL_CLIENT_MS_MAX);
@@ -80,7 +113,7 @@ impl ControlSocket {
 fn accept(listener: &UnixListener, events: &Sender<Event>, ending: &AtomicBool) {
     while !ending.load(Ordering::SeqCst) {
         match listener.accept() {
-            Ok((client, _)) => serve(&client, events),
+            Ok((client, _)) => serve(client, events),
             Err(_) if ending.load(Ordering::SeqCst) => return,
             Err(error) => {
                 tracing::warn!(%error, "control socket: accept");
@@ -91,27 +124,41 @@ fn accept(listener: &UnixListener, events: &Sender<Event>, ending: &AtomicBool) 
     }
 }
 
-fn serve(client: &UnixStream, events: &Sender<Event>) {
-    if let Err(error) = check_peer(client) {
+fn serve(client: UnixStream, events: &Sender<Event>) {
+    if let Err(error) = check_peer(&client) {
         tracing::warn!("control socket: {error:#}");
         return;
     }
-    let reply = match wire::read_line(client, CONTROL_REQUEST_BYTES_MAX, PATIENCE) {
+    let op = match wire::read_line(&client, CONTROL_REQUEST_BYTES_MAX, PATIENCE) {
         // Nothing was asked: a port scan, or our own waking call.
         Err(wire::LineError::CutOff(0)) => return,
-        Err(error) => Reply::refused(&error.tell("control request")),
-        Ok(line) => match protocol::parse_request(&line).and_then(|op| ask(op, events)) {
-            Ok(reply) => reply,
-            Err(error) => Reply::refused(&error),
-        },
+        Err(error) => Err(error.tell("control request")),
+        Ok(line) => protocol::parse_request(&line),
     };
+    match op {
+        // It may take long, if much is to be flushed: others are not to wait for it. There is never
+        // more than one that is not refused at once.
+        Ok(op @ Op::Snapshot(_)) => {
+            let events = events.clone();
+            let work = move || reply_to(&client, ask(op, &client, &events));
+            let spawned = std::thread::Builder::new().name("control".to_owned()).spawn(work);
+            if let Err(error) = spawned {
+                tracing::warn!(%error, "control socket: no thread for a snapshot");
+            }
+        }
+        op => reply_to(&client, op.and_then(|op| ask(op, &client, events))),
+    }
+}
+
+fn reply_to(client: &UnixStream, outcome: Result<Reply>) {
+    let reply = outcome.unwrap_or_else(|error| Reply::refused(&error));
     if let Err(error) = wire::write_line(client, &protocol::encode_reply(&reply), PATIENCE) {
         tracing::debug!(%error, "control socket: the client left before its reply");
     }
 }
 
 /// Carries a request to the server's loop and its answer back.
-fn ask(op: Op, events: &Sender<Event>) -> Result<Reply> {
+fn ask(op: Op, client: &UnixStream, events: &Sender<Event>) -> Result<Reply> {
     let ending = || Error::new(ErrorKind::Canceled, "the server is ending");
     match op {
         Op::Ping => Ok(Reply::done()),
@@ -121,19 +168,36 @@ fn ask(op: Op, events: &Sender<Event>) -> Result<Reply> {
             let stat = answered.recv_timeout(PATIENCE).map_err(|_| ending())?;
             Ok(Reply::stat(stat))
         }
-        Op::Stop => {
+        Op::Stop | Op::StopLazy | Op::StopForce => {
+            let mode = match op {
+                Op::StopLazy => StopMode::Lazy,
+                Op::StopForce => StopMode::Force,
+                _ => StopMode::Polite,
+            };
             let (answer, answered) = channel();
-            events.send(Event::Stop(answer)).map_err(|_| ending())?;
+            events.send(Event::Stop(mode, answer)).map_err(|_| ending())?;
             // The loop has its own deadlines for the kernel; it always answers or goes away.
             answered.recv().map_err(|_| ending())??;
             Ok(Reply::done())
         }
+        Op::Snapshot(order) => {
+            let pid = credentials(client)?.pid();
+            let (answer, answered) = channel();
+            let wish = SnapshotWish { order, pid, answer };
+            events.send(Event::Snapshot(wish)).map_err(|_| ending())?;
+            // It ends: writes in flight have a deadline, and files no more than others have.
+            answered.recv().map_err(|_| ending())?.map(Reply::snapshot)
+        }
     }
 }
 
+fn credentials(client: &UnixStream) -> Result<UnixCredentials> {
+    getsockopt(client, PeerCredentials)
+        .map_err(|errno| Error::io("ask for the peer's credentials", &errno.into()))
+}
+
 fn check_peer(client: &UnixStream) -> Result<()> {
-    let peer = getsockopt(client, PeerCredentials)
-        .map_err(|errno| Error::io("ask for the peer's credentials", &errno.into()))?;
+    let peer = credentials(client)?;
     let me = nix::unistd::geteuid().as_raw();
     if peer.uid() == 0 || peer.uid() == me {
         return Ok(());
@@ -206,7 +270,7 @@ mod tests {
     #[test]
     fn an_oversized_request_is_refused_without_being_read() {
         let (_folder, path, _socket, _inbox) = listening();
-        let reply = raw(&path, &vec![b' '; 1 << 16], false);
+        let reply = raw(&path, &vec![b' '; 1 << 17], false);
         // The kernel may drop the reply when unread bytes are left; the next client counts.
         assert!(reply.is_empty() || reply.contains("too long"), "{reply}");
         client::request(&path, Op::Ping, PATIENT).unwrap();
@@ -227,7 +291,9 @@ mod tests {
         let (_folder, path, socket, inbox) = listening();
         let server = std::thread::spawn(move || {
             for outcome in [Err(Error::new(ErrorKind::Busy, "mounted")), Ok(())] {
-                let Event::Stop(answer) = inbox.recv().unwrap() else { panic!("no stop") };
+                let Event::Stop(StopMode::Polite, answer) = inbox.recv().unwrap() else {
+                    panic!("no stop")
+                };
                 answer.send(outcome).unwrap();
             }
         });

@@ -7,14 +7,16 @@
 //! namespace is private, and everything that the server does not need is taken out of it at once;
 //! what it needs of those file systems is open by then.
 
+use super::run_dir::RunDir;
+use super::systemd::{DEVICE_PREFIX, SUPERVISOR_PREFIX};
 use crate::error::{Error, Result};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use std::ffi::OsString;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 fn told(action: &'static str) -> impl Fn(nix::Error) -> Error {
@@ -43,23 +45,17 @@ fn open_files() -> std::io::Result<Vec<RawFd>> {
     Ok(files)
 }
 
-/// Leaves the caller's session and its file mode mask.
+/// Leaves the caller's session and its file mode mask. A service of systemd has a session of its
+/// own already.
 ///
 /// # Errors
-/// When this process already leads a process group.
+/// When this process already leads a process group of somebody else's session.
 pub(super) fn leave_session() -> Result<()> {
-    nix::unistd::setsid().map_err(told("start a session"))?;
+    if nix::unistd::getsid(None) != Ok(nix::unistd::getpid()) {
+        nix::unistd::setsid().map_err(told("start a session"))?;
+    }
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
     Ok(())
-}
-
-/// Opens the log and makes it this process's standard error.
-///
-/// # Errors
-/// What the operating system says.
-pub(super) fn log_to(path: &Path) -> Result<()> {
-    let log = open_log(path)?;
-    nix::unistd::dup2_stderr(log).map_err(told("move standard error to the log"))
 }
 
 /// Lets go of the caller's standard output: what is written there goes to the log from now on.
@@ -70,25 +66,27 @@ pub(super) fn let_go_of_stdout() -> Result<()> {
     nix::unistd::dup2_stdout(std::io::stderr()).map_err(told("move standard output to the log"))
 }
 
-fn open_log(path: &Path) -> Result<File> {
-    let mut options = OpenOptions::new();
-    let opened = options.append(true).create(true).mode(0o600).open(path);
-    opened.map_err(|error| Error::io(format!("open log {}", path.display()), &error))
-}
-
-/// Puts the calling thread, and the threads it will start, into a mount namespace of their own,
-/// with only the mounts in it that serving needs: the root, `/dev`, `/proc`, `/sys` and what
-/// `needed` lies on. Everything else must be open, and the working folder is `/` afterwards.
+/// Puts the calling thread, and the threads it will start, into a mount namespace of their own, for
+/// now with the same mounts as before. The working folder is `/` afterwards.
 ///
 /// # Errors
 /// Without CAP_SYS_ADMIN, and what else the operating system says.
-pub(super) fn leave_mounts(needed: &[&Path]) -> Result<()> {
+pub(super) fn own_mounts() -> Result<()> {
     std::env::set_current_dir("/").map_err(|error| Error::io("go to /", &error))?;
     unshare(CloneFlags::CLONE_NEWNS)
         .map_err(told("make a mount namespace (needs CAP_SYS_ADMIN)"))?;
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     mount(None::<&str>, "/", None::<&str>, private, None::<&str>)
-        .map_err(told("make the mount namespace private"))?;
+        .map_err(told("make the mount namespace private"))
+}
+
+/// Takes out of the process's own mount namespace (see [`own_mounts`]) what serving does not need:
+/// all but the root, `/dev`, `/proc`, `/sys`, the way to systemd, and what `needed` lies on.
+/// Everything else must be open.
+///
+/// # Errors
+/// When the mounts cannot be listed.
+pub(super) fn drop_mounts(needed: &[&Path]) -> Result<()> {
     let mounts = std::fs::read("/proc/thread-self/mountinfo")
         .map_err(|error| Error::io("read /proc/thread-self/mountinfo", &error))?;
     // Later mounts may lie on earlier ones.
@@ -99,8 +97,125 @@ pub(super) fn leave_mounts(needed: &[&Path]) -> Result<()> {
     Ok(())
 }
 
+/// As [`drop_mounts`] for a server that needs its run folder and `folders`.
+///
+/// # Errors
+/// As there.
+pub(super) fn drop_mounts_but(run: &RunDir, folders: &[PathBuf]) -> Result<()> {
+    let needed: Vec<&Path> =
+        std::iter::once(run.path()).chain(folders.iter().map(PathBuf::as_path)).collect();
+    drop_mounts(&needed)
+}
+
+/// Goes to the mounts of the first process: whoever started this one may have had mounts of its
+/// own. A wish: without the right to, or when the run folder is another one there, it stays where
+/// it is. Only before there are threads.
+pub(super) fn join_first_mounts(run: &Path) {
+    let there = Path::new("/proc/1/root").join(run.strip_prefix("/").unwrap_or(run));
+    let identity = |path: &Path| std::fs::metadata(path).ok().map(|file| (file.dev(), file.ino()));
+    if identity(run).is_none() || identity(run) != identity(&there) {
+        return;
+    }
+    let joined = File::open("/proc/1/ns/mnt")
+        .map_err(nix::Error::try_from)
+        .map(|namespace| nix::sched::setns(namespace, CloneFlags::CLONE_NEWNS));
+    if !matches!(joined, Ok(Ok(()))) {
+        tracing::debug!(?joined, "stays in the mounts of its starter");
+    }
+    let _ = std::env::set_current_dir("/");
+}
+
+/// Tells the kernel how little to think of killing this process when memory runs out, from -1000
+/// (never) to 1000. A wish: it needs CAP_SYS_RESOURCE to go below what was inherited.
+pub(super) fn protect_from_oom(score: i32) {
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", score.to_string()) {
+        tracing::debug!(%error, "keeps the inherited OOM score");
+    }
+}
+
+/// How little the kernel is to think of killing a server: a container's disk is worth more than the
+/// container's processes, but less than the host's own services.
+pub(super) const SERVER_OOM_SCORE: i32 = -900;
+
+/// Open files that are wanted: 256 devices of 255 layers are 65,536 in the supervisor. The kernel's
+/// own ceiling, `fs.nr_open`, is higher everywhere.
+const OPEN_FILES: u64 = 1 << 18;
+
+/// Allows as many open files as this process may have: a layer takes one, and the supervisor keeps
+/// those of all devices.
+pub(super) fn raise_file_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let set = |limit| setrlimit(Resource::RLIMIT_NOFILE, limit, limit);
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or_default();
+    // Root may go beyond the hard limit, which is 4096 where nobody has raised it.
+    if set(hard.max(OPEN_FILES)).is_err()
+        && let Err(errno) = set(hard)
+    {
+        tracing::debug!(%errno, "keeps the inherited limit of open files");
+    }
+}
+
+/// The control group of this program's processes, below the root of the hierarchy.
+const CGROUP: &str = "obd-ublk";
+
+/// Whose process it is that leaves a control group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Inmate {
+    Server,
+    Supervisor,
+}
+
+/// Leaves the caller's control group: its end (a login that closes, a service that restarts) must
+/// not be a device's. A wish. Where systemd rules, this process was started in a unit of its own
+/// and stays there; if not, this is the way out.
+pub(super) fn leave_cgroup(inmate: Inmate) {
+    let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let mounts = std::fs::read("/proc/self/mountinfo").unwrap_or_default();
+    let Some(root) = cgroup2_root(&mounts) else { return };
+    if !is_in_foreign_cgroup(&own, inmate) {
+        return;
+    }
+    let group = root.join(CGROUP);
+    let moved = std::fs::create_dir(&group)
+        .or_else(|error| match error.kind() {
+            std::io::ErrorKind::AlreadyExists => Ok(()),
+            _ => Err(error),
+        })
+        .and_then(|()| std::fs::write(group.join("cgroup.procs"), std::process::id().to_string()));
+    if let Err(error) = moved {
+        tracing::warn!(%error, "stays in the control group of its caller");
+    }
+}
+
+/// Whether the text of `/proc/self/cgroup` names a group of version 2 that is the caller's: neither
+/// the root nor one that is meant for such a process. The scope of a device is foreign to the
+/// supervisor, which outlives it, and the units that attach devices are foreign to all.
+fn is_in_foreign_cgroup(text: &str, inmate: Inmate) -> bool {
+    let Some(group) = text.lines().find_map(|line| line.strip_prefix("0::")) else { return false };
+    let unit = group.rsplit('/').next().unwrap_or_default();
+    let (prefix, suffix) = match inmate {
+        Inmate::Server => (DEVICE_PREFIX, ".scope"),
+        Inmate::Supervisor => (SUPERVISOR_PREFIX, ".service"),
+    };
+    let is_own = unit.starts_with(prefix) && unit.ends_with(suffix);
+    group != "/" && unit != CGROUP && !is_own
+}
+
+/// Where the control groups of version 2 are mounted whole, in the text of a `mountinfo` file.
+fn cgroup2_root(mountinfo: &[u8]) -> Option<PathBuf> {
+    mountinfo.split(|&byte| byte == b'\n').find_map(|line| {
+        let fields: Vec<&[u8]> = line.split(|&byte| byte == b' ').collect();
+        let kind = fields.iter().position(|field| *field == b"-")? + 1;
+        let is_whole = fields.get(3) == Some(&&b"/"[..]);
+        (fields.get(kind) == Some(&&b"cgroup2"[..]) && is_whole).then(|| {
+            fields.get(4).map(|point| PathBuf::from(OsString::from_vec(unescape(point))))
+        })?
+    })
+}
+
 fn is_needed(point: &Path, needed: &[&Path]) -> bool {
-    let system = ["/dev", "/proc", "/sys"].map(Path::new);
+    // The last two: to have a supervisor started where systemd rules.
+    let system = ["/dev", "/proc", "/sys", "/run/systemd/private", "/usr/bin"].map(Path::new);
     // A container's `/dev` may be a patchwork of mounts, one per node.
     point.starts_with("/dev") || system.iter().chain(needed).any(|path| path.starts_with(point))
 }
@@ -115,7 +230,8 @@ fn mount_points(mountinfo: &[u8]) -> Vec<PathBuf> {
 }
 
 /// Undoes the kernel's `\ooo` for blanks, tabs, newlines and backslashes.
-pub(super) fn unescape(text: &[u8]) -> Vec<u8> {
+#[must_use]
+pub fn unescape(text: &[u8]) -> Vec<u8> {
     let mut plain = Vec::with_capacity(text.len());
     let mut rest = text;
     while let Some((&byte, behind)) = rest.split_first() {
@@ -166,10 +282,46 @@ mod tests {
             ("/run/obd-ublk", true),
             ("/run/obd-ublk/3", false),
             ("/run/user/0", false),
+            ("/run/systemd", true),
+            ("/run/systemd/inhibit", false),
+            ("/usr", true),
+            ("/usr/local", false),
             ("/mnt", false),
             ("/device", false),
         ] {
             assert_eq!(is_needed(Path::new(point), &[run]), needed, "{point}");
         }
+    }
+
+    #[test]
+    fn only_a_group_of_somebody_else_is_left() {
+        for (text, server, supervisor) in [
+            ("0::/\n", false, false),
+            ("0::/user.slice/session-3.scope\n", true, true),
+            ("0::/obd-ublk\n", false, false),
+            ("0::/system.slice/obd-ublk-device-3-ab.scope\n", false, true),
+            ("0::/system.slice/obd-ublk-device-pid3-ab.scope\n", false, true),
+            ("0::/system.slice/obd-ublk-supervisor.service\n", true, false),
+            ("0::/system.slice/obd-ublk-supervisor-0a.service\n", true, false),
+            ("0::/system.slice/obd-ublk-persist.service\n", true, true),
+            ("0::/system.slice/system-obd\\x2dublk.slice/obd-ublk@3.service\n", true, true),
+            ("0::/obd-ublk/guest\n", true, true),
+            ("12:cpu:/a\n0::/system.slice/containerd.service\n", true, true),
+            ("1:name=systemd:/x\n", false, false),
+            ("", false, false),
+        ] {
+            assert_eq!(is_in_foreign_cgroup(text, Inmate::Server), server, "{text}");
+            assert_eq!(is_in_foreign_cgroup(text, Inmate::Supervisor), supervisor, "{text}");
+        }
+    }
+
+    #[test]
+    fn the_root_of_the_control_groups_is_found_where_it_is_mounted() {
+        let text = b"21 1 8:1 / / rw - ext4 /dev/sda1 rw\n\
+            30 21 0:27 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw\n";
+        assert_eq!(cgroup2_root(text), Some(PathBuf::from("/sys/fs/cgroup")));
+        let part = b"30 21 0:27 /docker/x /sys/fs/cgroup rw - cgroup2 cgroup rw\n";
+        assert_eq!(cgroup2_root(part), None);
+        assert_eq!(cgroup2_root(b""), None);
     }
 }

@@ -5,20 +5,45 @@
 
 use crate::disk::Disk;
 use crate::error::Result;
+use crate::telemetry::trouble::TroubleRing;
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::fs::File;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// A front end: it makes devices of disks and knows all devices of the host.
 pub trait Kernel {
     /// A device that this process serves.
     type Device: Served;
 
+    /// Whether this host can have devices at all.
+    ///
+    /// # Errors
+    /// `Unsupported` without the driver, `Kernel` without the right to use it.
+    fn check(&self) -> Result<()>;
+
     /// Makes `disk` the device of exactly this number; returns once it can be opened.
     ///
     /// # Errors
     /// `Busy` when the number is taken; otherwise what the front end says. Nothing is left.
-    fn start<D: Disk>(&self, disk: Arc<D>, wish: &Wish) -> Result<Self::Device>;
+    fn start<D: Disk>(&self, disk: Arc<D>, wish: &Wish, watch: Watch) -> Result<Self::Device>;
+
+    /// Takes over device `id`, which a dead server left. `before` is called ahead of the step that
+    /// not every kernel can repeat, see [`Kernel::repeats_takeovers`].
+    ///
+    /// # Errors
+    /// What the front end and `before` say. The device stays as it is, and this process must end.
+    fn take_over<D: Disk>(
+        &self,
+        disk: Arc<D>,
+        id: u32,
+        before: BeforeTakeover,
+        watch: Watch,
+    ) -> Result<Self::Device>;
+
+    /// Whether a takeover that died half-way can be tried again.
+    fn repeats_takeovers(&self) -> bool;
 
     /// All devices of the host, ours or not.
     ///
@@ -47,12 +72,56 @@ pub trait Served {
     /// Whether it was taken away from outside. Then [`Served::stop`] tells how that went.
     fn is_gone(&mut self) -> bool;
 
+    /// What the kernel made of the wish.
+    fn shape(&self) -> DeviceShape;
+
+    /// When what happened while the device came into this process.
+    fn milestones(&self) -> Milestones;
+
+    /// Lets go of it without stopping it: this process ends at once, and another takes it over.
+    fn abandon(self);
+
     /// Stops and deletes it. `held` is closed as soon as nobody can open the device any more: the
     /// kernel does not let go of a device that is open.
     ///
     /// # Errors
     /// When the kernel does not let go.
     fn stop(self, held: Option<File>) -> Result<()>;
+}
+
+/// Who hears of a device.
+pub struct Watch {
+    /// Called once, on any thread, when the device is over for whatever reason.
+    pub on_gone: Box<dyn Fn() + Send>,
+    /// Where failed and slow requests are recorded, if anywhere.
+    pub trouble_ring: Option<Arc<TroubleRing>>,
+}
+
+impl fmt::Debug for Watch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Watch({:?})", self.trouble_ring)
+    }
+}
+
+/// Called ahead of a takeover; its error stops it.
+pub type BeforeTakeover = Box<dyn Fn() -> Result<()> + Send>;
+
+/// What the kernel made of a [`Wish`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceShape {
+    /// Hardware queues.
+    pub queues: u16,
+    /// Requests in flight per queue.
+    pub depth: u16,
+}
+
+/// When what happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Milestones {
+    /// The kernel had let go of the dead server; none for a new device.
+    pub quiesced: Option<Instant>,
+    /// Requests began to flow.
+    pub flowing: Instant,
 }
 
 /// The device that is wanted.
@@ -66,6 +135,8 @@ pub struct Wish {
     pub depth: u16,
     /// Largest request in bytes.
     pub request_bytes: u32,
+    /// Whether it is to wait for a new server when its server dies.
+    pub recoverable: bool,
 }
 
 /// One device that the kernel knows.
@@ -75,6 +146,8 @@ pub struct KernelDevice {
     pub id: u32,
     /// Whether it was started and its server is alive.
     pub live: bool,
+    /// Whether its server died and it waits for another.
+    pub quiesced: bool,
     /// Process id of its server as the kernel knows it; 0 when none.
     pub server_pid: u32,
 }
@@ -86,9 +159,21 @@ pub struct QueueCounters {
     pub requests: u64,
     /// Bytes of reads that succeeded.
     pub read_bytes: u64,
+    /// Writes that succeeded.
+    #[serde(default)]
+    pub writes: u64,
+    /// Bytes of those.
+    #[serde(default)]
+    pub written_bytes: u64,
+    /// Flushes that succeeded, those of writes that had to be durable included.
+    #[serde(default)]
+    pub flushes: u64,
+    /// Discards and writes of zeros that succeeded.
+    #[serde(default)]
+    pub discards: u64,
     /// Requests answered with an error.
     pub errors: u64,
-    /// Reads that failed because the reader panicked; also counted in `errors`.
+    /// Requests that failed because the worker panicked; also counted in `errors`.
     pub panics: u64,
     /// System calls that the queue made.
     pub enters: u64,
@@ -112,11 +197,12 @@ pub struct HostKernel;
 #[cfg(feature = "ublk")]
 mod real {
     use super::{
-        Counters, Disk, File, HostKernel, Kernel, KernelDevice, QueueCounters, Result, Served, Wish,
+        BeforeTakeover, Counters, DeviceShape, Disk, File, HostKernel, Kernel, KernelDevice,
+        Milestones, QueueCounters, Result, Served, Watch, Wish,
     };
     use crate::error::{Error, ErrorKind};
     use crate::server::state::device_path;
-    use crate::ublk::{self, Device, DeviceOptions, QueueStats};
+    use crate::ublk::{self, Device, DeviceOptions, DeviceState, QueueStats};
     use std::fs::OpenOptions;
     use std::os::unix::fs::OpenOptionsExt;
     use std::path::{Path, PathBuf};
@@ -126,14 +212,33 @@ mod real {
     impl Kernel for HostKernel {
         type Device = Device;
 
-        fn start<D: Disk>(&self, disk: Arc<D>, wish: &Wish) -> Result<Device> {
+        fn check(&self) -> Result<()> {
+            ublk::check()
+        }
+
+        fn start<D: Disk>(&self, disk: Arc<D>, wish: &Wish, watch: Watch) -> Result<Device> {
             let options = DeviceOptions {
                 id: Some(wish.id),
                 queues: wish.queues,
                 depth: wish.depth,
                 request_bytes: wish.request_bytes,
+                recoverable: wish.recoverable,
             };
-            Device::start(disk, &options)
+            Device::start(disk, &options, watch_of(watch))
+        }
+
+        fn take_over<D: Disk>(
+            &self,
+            disk: Arc<D>,
+            id: u32,
+            before: BeforeTakeover,
+            watch: Watch,
+        ) -> Result<Device> {
+            Device::take_over(disk, id, before, watch_of(watch))
+        }
+
+        fn repeats_takeovers(&self) -> bool {
+            ublk::repeats_takeovers()
         }
 
         fn list(&self) -> Result<Vec<KernelDevice>> {
@@ -142,6 +247,7 @@ mod real {
                 .map(|device| KernelDevice {
                     id: device.id,
                     live: device.live,
+                    quiesced: device.state == DeviceState::Quiesced,
                     server_pid: u32::try_from(device.server_pid).unwrap_or(0),
                 })
                 .collect())
@@ -152,9 +258,19 @@ mod real {
         }
 
         fn hold(&self, id: u32) -> Result<File> {
-            open_exclusive(&device_path(id))
+            // On a thread: opening a device may wait for a reader that hangs on it.
+            let (opened, outcome) = std::sync::mpsc::channel();
+            let path = device_path(id);
+            std::thread::spawn(move || opened.send(open_exclusive(&path)));
+            outcome.recv_timeout(HOLD_PATIENCE).unwrap_or_else(|_| {
+                let message = format!("{} cannot be opened", device_path(id).display());
+                Err(Error::new(ErrorKind::Timeout, message))
+            })
         }
     }
+
+    /// How long an open that takes no I/O may take.
+    const HOLD_PATIENCE: Duration = Duration::from_secs(5);
 
     impl Served for Device {
         fn counters(&self) -> Option<Counters> {
@@ -170,6 +286,18 @@ mod real {
             self.wait_gone(Duration::ZERO)
         }
 
+        fn shape(&self) -> DeviceShape {
+            DeviceShape { queues: self.queues(), depth: self.depth() }
+        }
+
+        fn milestones(&self) -> Milestones {
+            Milestones { quiesced: self.quiesced(), flowing: self.flowing() }
+        }
+
+        fn abandon(self) {
+            Device::abandon(self);
+        }
+
         fn stop(self, held: Option<File>) -> Result<()> {
             let id = self.id();
             if let Some(held) = held {
@@ -180,10 +308,18 @@ mod real {
         }
     }
 
+    fn watch_of(watch: Watch) -> ublk::Watch {
+        ublk::Watch { on_gone: watch.on_gone, trouble_ring: watch.trouble_ring }
+    }
+
     fn counters_of(stats: &QueueStats) -> QueueCounters {
         QueueCounters {
             requests: stats.requests,
             read_bytes: stats.read_bytes,
+            writes: stats.writes,
+            written_bytes: stats.written_bytes,
+            flushes: stats.flushes,
+            discards: stats.discards,
             errors: stats.errors,
             panics: stats.panics,
             enters: stats.enters,
@@ -220,7 +356,10 @@ mod real {
 
 #[cfg(not(feature = "ublk"))]
 mod absent {
-    use super::{Counters, Disk, File, HostKernel, Kernel, KernelDevice, Result, Served, Wish};
+    use super::{
+        BeforeTakeover, Counters, DeviceShape, Disk, File, HostKernel, Kernel, KernelDevice,
+        Milestones, Result, Served, Watch, Wish,
+    };
     use crate::error::{Error, ErrorKind};
     use std::sync::Arc;
 
@@ -232,8 +371,26 @@ mod absent {
     impl Kernel for HostKernel {
         type Device = Never;
 
-        fn start<D: Disk>(&self, _disk: Arc<D>, _wish: &Wish) -> Result<Never> {
+        fn check(&self) -> Result<()> {
             Err(absent())
+        }
+
+        fn start<D: Disk>(&self, _: Arc<D>, _: &Wish, _: Watch) -> Result<Never> {
+            Err(absent())
+        }
+
+        fn take_over<D: Disk>(
+            &self,
+            _: Arc<D>,
+            _: u32,
+            _: BeforeTakeover,
+            _: Watch,
+        ) -> Result<Never> {
+            Err(absent())
+        }
+
+        fn repeats_takeovers(&self) -> bool {
+            false
         }
 
         fn list(&self) -> Result<Vec<KernelDevice>> {
@@ -260,6 +417,18 @@ mod absent {
 
         fn is_gone(&mut self) -> bool {
             match *self {}
+        }
+
+        fn shape(&self) -> DeviceShape {
+            match *self {}
+        }
+
+        fn milestones(&self) -> Milestones {
+            match *self {}
+        }
+
+        fn abandon(self) {
+            match self {}
         }
 
         fn stop(self, _held: Option<File>) -> Result<()> {

@@ -5,22 +5,25 @@
 //! the caller: ready, or why not. Then that stream and standard error go to the log. A server that
 //! dies without a word is described by its last words, and what it left is cleared.
 
-use super::config_view::{self, ConfigView};
 use super::control::Event;
 use super::isolate;
 use super::kernel::HostKernel;
+use super::prepare::{self, Prepared, report};
+use super::process::Process;
 use super::protocol::{self, Readiness, Refusal};
-use super::result_file::ResultFile;
 use super::run_dir::{RunDir, Slot};
-use super::serve::{Housing, Mailbox, Order, Server, check_writable};
+use super::serve::{Housing, Mailbox, Order, Server, UpperWish};
+use super::served_disk::{How, ServedDisk};
 use super::state::device_path;
+use super::survey::Manner;
+use super::systemd::{self, Owner, wait};
 use super::{signals, survey, wire};
-use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::format::config::ImageConfig;
-use crate::image::{Image, check_output, read_config};
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::parse_image_config;
 use crate::limits::{
     ATTACH_SECONDS_MAX, DETACH_SECONDS_DEFAULT, LAST_WORDS_BYTES_MAX, READY_LINE_BYTES_MAX,
 };
+use crate::telemetry;
 use crate::units::to_u64;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -32,8 +35,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
-use std::sync::mpsc::{Sender, channel};
-use std::time::{Duration, Instant};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
 
 /// The hidden command by which the program runs itself as a server.
 pub const SERVE_COMMAND: &str = "serve-device";
@@ -61,14 +64,6 @@ pub struct Attached {
     pub device: PathBuf,
 }
 
-/// A config that can be served as asked.
-struct Prepared {
-    view: ConfigView,
-    result_file: Option<ResultFile>,
-    order: Order,
-    run: RunDir,
-}
-
 /// Starts a server that outlives this process. `announce` is called once its device can be opened
 /// and the config's result file says so; if that fails, the device is detached: nobody would know
 /// of it.
@@ -79,11 +74,12 @@ pub fn attach(
     options: &AttachOptions,
     announce: impl FnOnce(&Attached) -> Result<()>,
 ) -> Result<()> {
-    let prepared = prepare(options)?;
-    let outcome = start_and_wait(options, &prepared).and_then(|attached| {
+    let (prepared, order) = prepare(options)?;
+    let run = RunDir::of_host();
+    let outcome = start_and_wait(options, &order, &run).and_then(|attached| {
         announce(&attached).inspect_err(|_| {
             let patience = Duration::from_secs(DETACH_SECONDS_DEFAULT);
-            let detached = survey::detach(&prepared.run, &HostKernel, attached.id, patience);
+            let detached = survey::detach(&run, &HostKernel, attached.id, Manner::Polite, patience);
             if let Err(left) = detached {
                 tracing::warn!("{left:#}");
             }
@@ -105,10 +101,12 @@ pub fn serve_foreground(
     announce: impl Fn(&Attached) -> Result<()>,
 ) -> Result<()> {
     signals::block()?;
-    let prepared = prepare(options)?;
+    let (prepared, order) = prepare(options)?;
+    // Whoever keeps it in the foreground is its supervisor.
+    let order = Order { supervised: false, ..order };
     let (sender, inbox) = channel();
     let housing = Foreground { events: sender.clone(), announce };
-    serve(prepared, &Mailbox { sender, inbox }, &housing)
+    serve(prepared, &order, &Mailbox { sender, inbox }, &housing)
 }
 
 /// The server's side of [`attach`]: tells how it went on standard output, then serves until it is
@@ -130,57 +128,52 @@ pub fn serve_started(options: &AttachOptions) -> Result<()> {
 fn serve_isolated(options: &AttachOptions, announced: &Cell<bool>) -> Result<()> {
     signals::block()?;
     isolate::leave_session()?;
-    let prepared = prepare(options)?;
+    let (prepared, order) = prepare(options)?;
     let (sender, inbox) = channel();
     let housing = Started { events: sender.clone(), announced };
-    serve(prepared, &Mailbox { sender, inbox }, &housing)
+    serve(prepared, &order, &Mailbox { sender, inbox }, &housing)
 }
 
-fn serve<H: Housing>(prepared: Prepared, mailbox: &Mailbox, housing: &H) -> Result<()> {
-    let order = &prepared.order;
+fn serve<H: Housing>(
+    prepared: Prepared,
+    order: &Order,
+    mailbox: &Mailbox,
+    housing: &H,
+) -> Result<()> {
+    let run = RunDir::of_host();
     let server = Server {
         order,
         view: &prepared.view,
         result_file: prepared.result_file,
-        run: &prepared.run,
+        run: &run,
         kernel: &HostKernel,
         housing,
     };
-    server.serve(mailbox, || Image::open_config(&order.config, order.service_config.as_deref()))
+    let (config, service_config) = (order.config.clone(), order.service_config.clone());
+    // What is wrong is told by its place in the text as it was read. But the server has left its
+    // caller's folder when it opens the image: only the view has every path made absolute.
+    let parsed = parse_image_config(&config, &prepared.text).map(drop);
+    let absolute = prepared.view.content.to_string().into_bytes();
+    let how = How {
+        read_only: prepared.read_only,
+        make_upper: order.upper.is_some(),
+        quota_bytes: order.quota_bytes,
+    };
+    server.serve(mailbox, move || {
+        parsed.and_then(|()| ServedDisk::open(&config, &absolute, service_config.as_deref(), how))
+    })
 }
 
-/// Reads the config and opens its result file, which hears of everything that fails after that.
-fn prepare(options: &AttachOptions) -> Result<Prepared> {
-    let folder =
-        std::env::current_dir().map_err(|error| Error::io("find out where I am", &error))?;
-    let mut order = options.order.clone();
-    order.config = folder.join(order.config);
-    order.service_config = order.service_config.map(|path| folder.join(path));
-    let bytes = read_config(&order.config)?;
-    let result_file = config_view::result_file(&bytes, &folder);
-    // A config that is wrong otherwise still gets its result file.
-    if let (Some(path), Ok(config)) = (&result_file, ImageConfig::parse(&bytes)) {
-        check_output(&order.config, &config, path).context(|| "use the resultFile".to_owned())?;
-    }
-    let result_file = result_file.as_deref().map(ResultFile::open).transpose()?;
-    let checked = check(&bytes, &folder, &order, options.read_only);
-    if let Err(error) = &checked {
-        report(result_file.as_ref(), error);
-    }
-    Ok(Prepared { view: checked?, result_file, order, run: RunDir::of_host() })
-}
-
-fn check(bytes: &[u8], folder: &Path, order: &Order, read_only: bool) -> Result<ConfigView> {
-    let view = config_view::parse(bytes, folder)
-        .context(|| format!("config {}", order.config.display()))?;
-    check_writable(&view, read_only, &order.config)?;
-    Ok(view)
-}
-
-fn report(result_file: Option<&ResultFile>, error: &Error) {
-    if let Some(Err(left)) = result_file.map(|file| file.failed(error)) {
-        tracing::warn!("{left:#}");
-    }
+/// The config and the order with absolute paths, for a server that may have another folder.
+fn prepare(options: &AttachOptions) -> Result<(Prepared, Order)> {
+    let order = &options.order;
+    let service_config = order.service_config.as_deref();
+    let upper = order.upper.as_ref().map(|upper| upper.folder.as_path());
+    let prepared = prepare::prepare(&order.config, service_config, options.read_only, upper)?;
+    let (config, service_config) = (prepared.config.clone(), prepared.service_config.clone());
+    let upper = order.upper.as_ref().zip(prepared.upper.clone());
+    let upper = upper.map(|(wish, folder)| UpperWish { folder, ..wish.clone() });
+    Ok((prepared, Order { config, service_config, upper, ..order.clone() }))
 }
 
 fn tell(readiness: &Readiness) -> Result<()> {
@@ -199,13 +192,20 @@ struct Started<'a> {
 impl Housing for Started<'_> {
     fn settle(&self, slot: &Slot) -> Result<Option<PathBuf>> {
         let log = slot.log();
-        isolate::log_to(&log)?;
+        telemetry::log_to(&log)?;
         Ok(Some(log))
     }
 
-    fn leave_mounts(&self, run: &RunDir) -> Result<()> {
-        isolate::leave_mounts(&[run.path()])?;
+    fn move_in(&self) -> Result<()> {
+        isolate::leave_cgroup(isolate::Inmate::Server);
+        isolate::protect_from_oom(isolate::SERVER_OOM_SCORE);
+        isolate::raise_file_limit();
+        isolate::own_mounts()?;
         signals::forward(self.events.clone())
+    }
+
+    fn leave_mounts(&self, run: &RunDir, folders: &[PathBuf]) -> Result<()> {
+        isolate::drop_mounts_but(run, folders)
     }
 
     fn announce(&self, id: u32) -> Result<()> {
@@ -226,9 +226,14 @@ impl<F: Fn(&Attached) -> Result<()>> Housing for Foreground<F> {
         Ok(None)
     }
 
-    fn leave_mounts(&self, run: &RunDir) -> Result<()> {
-        isolate::leave_mounts(&[run.path()])?;
+    fn move_in(&self) -> Result<()> {
+        isolate::raise_file_limit();
+        isolate::own_mounts()?;
         signals::forward(self.events.clone())
+    }
+
+    fn leave_mounts(&self, run: &RunDir, folders: &[PathBuf]) -> Result<()> {
+        isolate::drop_mounts_but(run, folders)
     }
 
     fn announce(&self, id: u32) -> Result<()> {
@@ -236,9 +241,8 @@ impl<F: Fn(&Attached) -> Result<()>> Housing for Foreground<F> {
     }
 }
 
-fn start_and_wait(options: &AttachOptions, prepared: &Prepared) -> Result<Attached> {
-    let (mut child, socket) = spawn(options, &prepared.order)?;
-    let words = child.stderr.take().map(listen);
+fn start_and_wait(options: &AttachOptions, order: &Order, run: &RunDir) -> Result<Attached> {
+    let Spawned { mut child, socket, words } = start(&arguments(options, order), order.id)?;
     let patience = Duration::from_secs(ATTACH_SECONDS_MAX);
     let line = wire::read_line(&socket, READY_LINE_BYTES_MAX, patience);
     let told = line.as_deref().ok().and_then(protocol::parse_readiness);
@@ -260,7 +264,7 @@ fn start_and_wait(options: &AttachOptions, prepared: &Prepared) -> Result<Attach
         status = wait(&mut child, END_PATIENCE);
     }
     let said = words.map(|words| words.recv_timeout(END_PATIENCE).unwrap_or_default());
-    let logged = clear_remains(&prepared.run, child.id());
+    let logged = clear_remains(run, child.id());
     let said = last_words(&[said.unwrap_or_default(), logged]);
     Err(if late {
         let message = format!("the server was not ready within {ATTACH_SECONDS_MAX} s{said}");
@@ -270,19 +274,66 @@ fn start_and_wait(options: &AttachOptions, prepared: &Prepared) -> Result<Attach
     })
 }
 
-fn spawn(options: &AttachOptions, order: &Order) -> Result<(Child, UnixStream)> {
-    let told = |error: &std::io::Error| Error::io("start a server process", error);
-    let (ours, theirs) = UnixStream::pair().map_err(|error| told(&error))?;
+/// A process that is, or will be, a server.
+struct Spawned {
+    child: Child,
+    /// Where it says that it is ready.
+    socket: UnixStream,
+    words: Option<Receiver<Vec<u8>>>,
+}
+
+/// Starts a server with these arguments: in a scope where systemd rules and can be had.
+fn start(arguments: &[OsString], id: Option<u32>) -> Result<Spawned> {
     // The path names the process for people; without it (the file was replaced) any name will do.
-    let program = std::env::current_exe().ok().filter(|path| path.exists());
-    let mut command = Command::new(program.unwrap_or_else(|| "/proc/self/exe".into()));
-    command
-        .args(arguments(options, order))
-        .stdin(Stdio::null())
-        .stdout(Stdio::from(OwnedFd::from(theirs)))
-        .stderr(Stdio::piped());
-    let child = command.spawn().map_err(|error| told(&error))?;
-    Ok((child, ours))
+    let own = std::env::current_exe().ok().filter(|path| path.exists());
+    let program = own.unwrap_or_else(|| format!("/proc/{}/exe", std::process::id()).into());
+    let owner = id.map_or(Owner::StartedBy(std::process::id()), Owner::Device);
+    if let Some(command) = systemd::in_scope(owner, &program, arguments) {
+        match start_in_scope(command, &program, systemd::UNIT_PATIENCE) {
+            Ok(spawned) => return Ok(spawned),
+            Err(why) => tracing::warn!("the server gets no unit of its own: {why}"),
+        }
+    }
+    let mut command = Command::new(program);
+    command.args(arguments);
+    spawn(command).map_err(|error| Error::io("start a server process", &error))
+}
+
+/// Runs `command`, which registers itself and then becomes `program`, until it has become that or
+/// its first word is there.
+fn start_in_scope(
+    command: Command,
+    program: &Path,
+    patience: Duration,
+) -> std::result::Result<Spawned, String> {
+    let mut spawned = spawn(command).map_err(|error| error.to_string())?;
+    let child = &mut spawned.child;
+    if !wire::is_readable_within(&spawned.socket, patience) {
+        if systemd::runs(child.id(), program) {
+            return Ok(spawned);
+        }
+        end(child, Signal::SIGKILL);
+        let _ = wait(child, END_PATIENCE);
+        return Err(format!("systemd took more than {} s", patience.as_secs()));
+    }
+    if !wire::is_at_end(&spawned.socket) {
+        return Ok(spawned);
+    }
+    // A server says something before it ends, unless it is killed.
+    let status = wait(child, END_PATIENCE);
+    if status.is_none_or(|status| status.code().is_none()) {
+        return Ok(spawned);
+    }
+    let words = spawned.words.map(|words| words.recv_timeout(END_PATIENCE).unwrap_or_default());
+    Err(format!("{}{}", how(status), last_words(&[words.unwrap_or_default()])))
+}
+
+fn spawn(mut command: Command) -> std::io::Result<Spawned> {
+    let (ours, theirs) = UnixStream::pair()?;
+    command.stdin(Stdio::null()).stdout(Stdio::from(OwnedFd::from(theirs))).stderr(Stdio::piped());
+    let mut child = command.spawn()?;
+    let words = child.stderr.take().map(listen);
+    Ok(Spawned { child, socket: ours, words })
 }
 
 /// The command line by which a server is started, after the program's name.
@@ -297,8 +348,16 @@ fn arguments(options: &AttachOptions, order: &Order) -> Vec<OsString> {
     option("--queues", order.queues.map(|queues| queues.to_string().into()));
     option("--depth", Some(order.depth.to_string().into()));
     option("--service-config", order.service_config.clone().map(Into::into));
+    option("--quota", order.quota_bytes.map(|bytes| bytes.to_string().into()));
+    option("--upper", order.upper.as_ref().map(|upper| upper.folder.clone().into()));
+    if order.upper.as_ref().is_some_and(|upper| upper.ephemeral) {
+        arguments.push("--ephemeral".into());
+    }
     if options.read_only {
         arguments.push("--read-only".into());
+    }
+    if !order.supervised {
+        arguments.push("--unsupervised".into());
     }
     arguments.extend((0..options.verbosity).map(|_| "-v".into()));
     arguments.extend(["--".into(), order.config.clone().into()]);
@@ -306,7 +365,7 @@ fn arguments(options: &AttachOptions, order: &Order) -> Vec<OsString> {
 }
 
 /// Collects what the server says until it closes its standard error; keeps the end of it.
-fn listen(mut stderr: ChildStderr) -> std::sync::mpsc::Receiver<Vec<u8>> {
+fn listen(mut stderr: ChildStderr) -> Receiver<Vec<u8>> {
     let (done, words) = channel();
     std::thread::spawn(move || {
         let mut tail = Vec::new();
@@ -328,19 +387,6 @@ fn end(child: &Child, signal: Signal) {
     }
 }
 
-fn wait(child: &mut Child, patience: Duration) -> Option<ExitStatus> {
-    let deadline = Instant::now() + patience;
-    loop {
-        if let Ok(Some(status)) = child.try_wait() {
-            return Some(status);
-        }
-        if Instant::now() >= deadline {
-            return None;
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
 fn how(status: Option<ExitStatus>) -> String {
     status.map_or_else(|| "it cannot be killed".to_owned(), |status| status.to_string())
 }
@@ -352,6 +398,17 @@ fn clear_remains(run: &RunDir, pid: u32) -> Vec<u8> {
         let Ok(Some(state)) = run.state(id) else { continue };
         if state.server.pid == pid && state.is_of_this_boot() {
             logged = state.log.as_deref().map(tail).unwrap_or_default();
+        }
+    }
+    // One that died between being usable and saying so has a successor, which nobody asked for.
+    let launcher = Process::current();
+    for id in run.ids().unwrap_or_default() {
+        if run.state(id).ok().flatten().is_some_and(|state| state.launcher == launcher) {
+            let patience = Duration::from_secs(DETACH_SECONDS_DEFAULT);
+            let detached = super::detach(run, &HostKernel, id, Manner::Polite, patience);
+            if let Err(left) = detached {
+                tracing::warn!("{left:#}");
+            }
         }
     }
     // Whatever is dead may go, and a server killed before its first state left but a folder.
@@ -406,11 +463,55 @@ mod tests {
             queues: Some(2),
             depth: 64,
             request_bytes: 4096,
+            supervised: false,
+            upper: None,
+            quota_bytes: None,
         };
         let options = AttachOptions { order: order.clone(), read_only: true, verbosity: 2 };
         let line = "serve-device --id 3 --queues 2 --depth 64 --service-config /s --read-only \
-                    -v -v -- /c/-v.json";
+                    --unsupervised -v -v -- /c/-v.json";
         let expected: Vec<OsString> = line.split(' ').map(Into::into).collect();
         assert_eq!(arguments(&options, &order), expected);
+        let upper = Some(UpperWish { folder: "/u".into(), ephemeral: true });
+        let order = Order { upper, quota_bytes: Some(1 << 20), supervised: true, ..order };
+        let options = AttachOptions { order: order.clone(), read_only: false, verbosity: 0 };
+        let line = "serve-device --id 3 --queues 2 --depth 64 --service-config /s --quota 1048576 \
+                    --upper /u --ephemeral -- /c/-v.json";
+        let expected: Vec<OsString> = line.split(' ').map(Into::into).collect();
+        assert_eq!(arguments(&options, &order), expected);
+    }
+
+    fn shell(script: &str) -> Command {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        command
+    }
+
+    #[test]
+    fn a_scope_that_cannot_be_had_in_time_is_done_without() {
+        let own = std::env::current_exe().unwrap();
+        let patience = Duration::from_millis(300);
+        let outcome = |script| start_in_scope(shell(script), &own, patience);
+        for (script, expected) in [
+            ("echo Failed to connect to bus >&2; exit 1", "exit status: 1; its last words: Failed"),
+            // The bus hangs.
+            ("exec sleep 1000", "systemd took more than 0 s"),
+        ] {
+            let why = outcome(script).err().unwrap();
+            assert!(why.starts_with(expected), "{why}");
+        }
+        // What speaks is a server, and so is what is killed.
+        let mut spawned = outcome("echo word; exit 1").unwrap();
+        let line = wire::read_line(&spawned.socket, 10, Duration::from_secs(60)).unwrap();
+        assert_eq!(line, b"word\n");
+        assert!(wait(&mut spawned.child, Duration::from_secs(60)).is_some());
+        assert!(outcome("kill -9 $$").is_ok());
+        // Slow, but our program by then.
+        let slow = Path::new("/bin/sleep");
+        let mut spawned = start_in_scope(shell("exec sleep 1000"), slow, patience).unwrap();
+        spawned.child.kill().unwrap();
+        spawned.child.wait().unwrap();
+        let missing = start_in_scope(Command::new("/nonexistent/run"), &own, patience);
+        assert!(missing.err().unwrap().contains("No such file"));
     }
 }

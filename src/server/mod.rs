@@ -5,13 +5,17 @@
 //!     ^          ^                | |
 //!     |          +--readiness-----+ +-- control <-- client   detach, stat
 //!     + prints /dev/ublkbN          state, run_dir <-- survey   list, detach, next attach
+//!                                   supervisor --> successor    when the server dies
 //! ```
 //!
-//! A crash, a leak or a kill takes one device, not the host's. What a successor needs is on disk
-//! before the device can be used (`state`); whatever kills a server, at most a folder and a dead
-//! kernel device are left, and `survey` clears both. The server never signals a process and
-//! never touches a device that no state file of ours names. The read path does not come through
-//! here: once the device is up, this module sleeps.
+//! A crash, a leak or a kill takes one server, not the host's, and not its device: the kernel keeps
+//! that, and the `supervisor` starts a `successor`, which takes it over. What a successor needs is
+//! on disk before the device can be used (`state`), and with the supervisor as open files
+//! (`portable`). A device that cannot come back leaves at most a folder and a dead kernel device,
+//! and `survey` clears both. No device is ever touched that no state file of ours names. The read
+//! path does not come through here: once the device is up, this module sleeps.
+//!
+//! `nbd` is the other way to serve: in the foreground, on a socket, without any of this.
 //!
 //! A SIGTERM to a server stops its device even if it is mounted; `detach` asks first and is
 //! refused while somebody has the device mounted.
@@ -19,34 +23,75 @@
 mod client;
 mod config_view;
 mod control;
+mod create;
 #[cfg(test)]
 mod fake;
 mod isolate;
 pub mod kernel;
 mod launch;
+mod mount;
+mod nbd;
+mod packet;
+mod persist;
+mod portable;
+mod prepare;
 mod process;
 pub mod protocol;
 mod result_file;
 mod run_dir;
 mod serve;
+mod served;
+mod served_disk;
 mod signals;
+mod snapshot;
 mod state;
+mod successor;
+mod supervise;
+mod supervisor;
 mod survey;
+mod systemd;
 #[cfg(test)]
 mod tests;
 mod wire;
 
+pub use create::create_disk;
+pub use isolate::unescape;
 pub use launch::{AttachOptions, Attached, SERVE_COMMAND, attach, serve_foreground, serve_started};
+pub use mount::{check_mount_point, mount_device, mounted_at, unmount_device};
+pub use nbd::{NbdOptions, NbdServing, serve_nbd};
+pub use persist::{PERSIST_DIR_VARIABLE, PersistDir, Persisted};
 pub use process::Process;
-pub use run_dir::{RUN_DIR_VARIABLE, RunDir, parse_id};
-pub use serve::Order;
-pub use state::{Phase, State, device_path};
-pub use survey::{Entry, Status, detach, devices_of_config, survey};
+pub use run_dir::{RUN_DIR_VARIABLE, RunDir, TROUBLE_NAME, parse_id};
+pub use serve::{Order, UpperWish};
+pub use snapshot::{SnapshotOrder, SnapshotReport};
+pub use state::{LayerFile, Phase, Recovery, State, device_path};
+pub use successor::{SUCCESSOR_COMMAND, serve_successor};
+pub use supervise::{Upgraded, recover, renew_supervisor, upgrade};
+pub use supervisor::{SUPERVISE_COMMAND, supervise};
+pub use survey::{Entry, Manner, Status, devices_of_config, survey};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::CONTROL_CLIENT_MS_MAX;
 use protocol::{DeviceStat, Op};
 use std::time::Duration;
+
+/// Stops and deletes device `id`, or clears what is left of it, within `patience`. True when it is
+/// gone, false when it will go once nobody uses it.
+///
+/// # Errors
+/// `NotFound` when it is not ours, `Busy` when it is in use, `Timeout` at the deadline.
+pub fn detach<K: kernel::Kernel>(
+    run: &RunDir,
+    kernel: &K,
+    id: u32,
+    manner: Manner,
+    patience: Duration,
+) -> Result<bool> {
+    let gone = survey::detach(run, kernel, id, manner, patience)?;
+    supervisor::nudge(run, id);
+    supervisor::sweep(run);
+    Ok(gone)
+}
 
 /// Asks the server of device `id` what the device has done.
 ///
@@ -57,4 +102,21 @@ pub fn stat(run: &RunDir, id: u32) -> Result<DeviceStat> {
     let patience = Duration::from_millis(CONTROL_CLIENT_MS_MAX * 2);
     let reply = client::request(&run_dir::socket_in(&run.folder(id)), Op::Stat, patience)?;
     reply.stat.ok_or_else(|| Error::new(ErrorKind::Corrupt, "control reply: no stat in it"))
+}
+
+/// How long a snapshot may take: a flush of gigabytes to a slow disk.
+const SNAPSHOT_PATIENCE: Duration = Duration::from_secs(600);
+
+/// Makes the upper of device `id` a layer and puts a new one in its place, while the device is
+/// read and written. Blocks until that is done.
+///
+/// # Errors
+/// `NotFound` when nobody serves the device, `ReadOnly` without an upper, `Busy` while another
+/// snapshot is under way, `Usage` for a file that is there already; what else is in the way. The
+/// device then goes on as before.
+pub fn snapshot(run: &RunDir, id: u32, order: SnapshotOrder) -> Result<SnapshotReport> {
+    let socket = run_dir::socket_in(&run.folder(id));
+    let reply = client::request(&socket, Op::Snapshot(Box::new(order)), SNAPSHOT_PATIENCE)?;
+    let missing = || Error::new(ErrorKind::Corrupt, "control reply: no snapshot in it");
+    reply.snapshot.ok_or_else(missing)
 }

@@ -17,12 +17,43 @@ pub struct Process {
 }
 
 impl Process {
+    /// The running process `pid`; its start is 0 when there is none.
+    #[must_use]
+    pub fn of(pid: u32) -> Self {
+        Self { pid, start_ticks: start_ticks(pid).unwrap_or(0) }
+    }
+
+    /// The process that started this one.
+    #[must_use]
+    pub fn parent() -> Self {
+        Self::of(u32::try_from(nix::unistd::getppid().as_raw()).unwrap_or(0))
+    }
+
     /// The calling process. The start is 0 when `/proc` cannot be read; such a process then
     /// never looks alive to others.
     #[must_use]
     pub fn current() -> Self {
-        let pid = std::process::id();
-        Self { pid, start_ticks: start_ticks(pid).unwrap_or(0) }
+        Self::of(std::process::id())
+    }
+
+    /// Kills exactly this process, and nobody who has its number by now.
+    pub fn kill(self) {
+        use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+        let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw);
+        // The handle first: from then on the number means this process or nobody.
+        if let Some(Ok(process)) = pid.map(|pid| pidfd_open(pid, PidfdFlags::empty()))
+            && self.pid > 1
+            && self.is_alive()
+        {
+            let _ = pidfd_send_signal(process, Signal::KILL);
+        }
+    }
+
+    /// Whether its program is called as this one is.
+    #[must_use]
+    pub fn is_of_ours(&self) -> bool {
+        let name = |pid: &str| std::fs::read_to_string(format!("/proc/{pid}/comm")).ok();
+        name(&self.pid.to_string()).is_some_and(|name| name.trim_end() == "obd-ublk")
     }
 
     /// Whether exactly this process still runs. A zombie does not: it holds nothing any more.
@@ -51,6 +82,14 @@ fn parse_stat(text: &[u8]) -> Option<u64> {
         return None;
     }
     fields.nth(18)?.parse().ok()
+}
+
+/// The monotonic clock in nanoseconds: the same for all processes of a boot.
+#[must_use]
+pub(super) fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    let (seconds, nanos) = (u64::try_from(now.tv_sec), u64::try_from(now.tv_nsec));
+    seconds.unwrap_or(0).saturating_mul(1_000_000_000).saturating_add(nanos.unwrap_or(0))
 }
 
 /// The kernel's name for this boot; empty when it does not tell.
@@ -107,5 +146,17 @@ mod tests {
     #[test]
     fn this_boot_has_a_name() {
         assert_eq!(boot_id().len(), 36);
+    }
+
+    /// A number that another process has by now used to be killed.
+    #[test]
+    fn only_the_very_process_that_is_meant_is_killed() {
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let meant = Process::of(child.id());
+        Process { start_ticks: meant.start_ticks + 1, ..meant }.kill();
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        assert!(child.try_wait().unwrap().is_none(), "a stranger was killed");
+        meant.kill();
+        assert!(!child.wait().unwrap().success());
     }
 }

@@ -9,7 +9,11 @@
 //! Pure: bytes and values only. The same lines tell a starter how its server's start went (see
 //! [`Readiness`]). Unknown fields are ignored, so that either end may learn new ones.
 
+pub mod notes;
+
 use super::kernel::Counters;
+use super::snapshot::{SnapshotOrder, SnapshotReport};
+use super::state::Recovery;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::ERROR_TEXT_BYTES_MAX;
 use serde::{Deserialize, Serialize};
@@ -19,8 +23,7 @@ use std::path::PathBuf;
 pub const VERSION: u32 = 1;
 
 /// What a client can ask of the server of one device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Op {
     /// Are you there?
     Ping,
@@ -28,22 +31,45 @@ pub enum Op {
     Stat,
     /// Stop and delete the device, unless it is in use. The reply comes when it is gone.
     Stop,
+    /// The same, but a device in use is stopped as soon as it is not; the reply comes at once.
+    StopLazy,
+    /// Stop and delete the device though it is in use.
+    StopForce,
+    /// Make the upper a layer and put a new one in its place. The reply comes when that is done.
+    Snapshot(Box<SnapshotOrder>),
 }
 
-#[derive(Debug, Serialize, Deserialize)]
-struct Request {
+impl Op {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Ping => "ping",
+            Self::Stat => "stat",
+            Self::Stop => "stop",
+            Self::StopLazy => "stop-lazy",
+            Self::StopForce => "stop-force",
+            Self::Snapshot(_) => "snapshot",
+        }
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct Request<'a> {
     v: u32,
-    op: Op,
+    op: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    snapshot: Option<&'a SnapshotOrder>,
 }
 
 #[derive(Deserialize)]
 struct RawRequest {
     v: u32,
     op: String,
+    #[serde(default)]
+    snapshot: Option<Box<SnapshotOrder>>,
 }
 
 /// The answer to one request.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Reply {
     /// The server's [`VERSION`].
     pub v: u32,
@@ -56,6 +82,9 @@ pub struct Reply {
     /// The answer to [`Op::Stat`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stat: Option<DeviceStat>,
+    /// The answer to [`Op::Snapshot`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<SnapshotReport>,
 }
 
 /// An error on its way between processes.
@@ -68,7 +97,7 @@ pub struct Refusal {
 }
 
 /// What a server tells about its device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DeviceStat {
     /// The number N of `/dev/ublkbN`.
     pub id: u32,
@@ -84,8 +113,48 @@ pub struct DeviceStat {
     pub read_only: bool,
     /// How long the device has been usable.
     pub uptime_ms: u64,
+    /// Whether the device outlives its server.
+    pub recoverable: bool,
+    /// How often a successor took over.
+    pub recovery_count: u64,
+    /// How the last one did.
+    pub last_recovery: Option<Recovery>,
     /// What the queues have done, if the front end counts.
     pub counters: Option<Counters>,
+    /// How much the upper holds, if there is one that is written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upper: Option<UpperUsage>,
+}
+
+/// How much a writable upper holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpperUsage {
+    /// Its data file.
+    pub data: PathBuf,
+    /// Bytes of the data file that are seen.
+    pub live_bytes: u64,
+    /// Bytes of the data file.
+    pub file_bytes: u64,
+    /// Bytes of the data file that nothing points at any more; later writes take them.
+    pub dead_bytes: u64,
+    /// Bytes of the index file.
+    pub index_bytes: u64,
+    /// Index entries of writes that no flush has made durable yet.
+    pub unflushed_entries: u64,
+    /// Why nothing can be written any more, if so.
+    pub failure: Option<String>,
+    /// Bytes of the data file that cannot be written again now: what counts against the quota.
+    #[serde(default)]
+    pub used_bytes: u64,
+    /// Most bytes of the data file, if that is bounded.
+    #[serde(default)]
+    pub quota_bytes: Option<u64>,
+    /// How much of the quota is used.
+    #[serde(default)]
+    pub quota_percent: Option<u64>,
+    /// That there is little room left, as of the last flush.
+    #[serde(default)]
+    pub warning: Option<String>,
 }
 
 /// What a server tells the process that started it, once.
@@ -105,7 +174,13 @@ impl Reply {
     /// The request was carried out.
     #[must_use]
     pub fn done() -> Self {
-        Self { v: VERSION, ok: true, error: None, stat: None }
+        Self { v: VERSION, ok: true, error: None, stat: None, snapshot: None }
+    }
+
+    /// The answer to [`Op::Snapshot`].
+    #[must_use]
+    pub fn snapshot(report: SnapshotReport) -> Self {
+        Self { snapshot: Some(report), ..Self::done() }
     }
 
     /// The answer to [`Op::Stat`].
@@ -117,7 +192,7 @@ impl Reply {
     /// The request was not carried out.
     #[must_use]
     pub fn refused(error: &Error) -> Self {
-        Self { v: VERSION, ok: false, error: Some(Refusal::of(error)), stat: None }
+        Self { ok: false, error: Some(Refusal::of(error)), ..Self::done() }
     }
 
     /// The reply itself if the request was carried out, otherwise the server's error.
@@ -175,8 +250,9 @@ const KINDS: [ErrorKind; 15] = [
 
 /// The line that asks for `op`.
 #[must_use]
-pub fn encode_request(op: Op) -> Vec<u8> {
-    line(&Request { v: VERSION, op })
+pub fn encode_request(op: &Op) -> Vec<u8> {
+    let snapshot = if let Op::Snapshot(order) = op { Some(&**order) } else { None };
+    line(&Request { v: VERSION, op: op.name(), snapshot })
 }
 
 /// The operation that a request line asks for.
@@ -195,6 +271,12 @@ pub fn parse_request(line: &[u8]) -> Result<Op> {
         "ping" => Ok(Op::Ping),
         "stat" => Ok(Op::Stat),
         "stop" => Ok(Op::Stop),
+        "stop-lazy" => Ok(Op::StopLazy),
+        "stop-force" => Ok(Op::StopForce),
+        "snapshot" => {
+            let missing = || Error::new(ErrorKind::Usage, "control request: snapshot of what?");
+            request.snapshot.map(Op::Snapshot).ok_or_else(missing)
+        }
         other => unsupported(format!("control request: op: found {other:?}")),
     }
 }
@@ -257,8 +339,19 @@ mod tests {
             (Op::Ping, "{\"v\":1,\"op\":\"ping\"}\n"),
             (Op::Stat, "{\"v\":1,\"op\":\"stat\"}\n"),
             (Op::Stop, "{\"v\":1,\"op\":\"stop\"}\n"),
+            (Op::StopLazy, "{\"v\":1,\"op\":\"stop-lazy\"}\n"),
+            (Op::StopForce, "{\"v\":1,\"op\":\"stop-force\"}\n"),
+            (
+                Op::Snapshot(Box::new(SnapshotOrder {
+                    layer: "/l".into(),
+                    upper: "/u".into(),
+                    config: "/c".into(),
+                })),
+                "{\"v\":1,\"op\":\"snapshot\",\"snapshot\":{\"layer\":\"/l\",\"upper\":\"/u\",\
+                 \"config\":\"/c\"}}\n",
+            ),
         ] {
-            assert_eq!(String::from_utf8(encode_request(op)).unwrap(), line);
+            assert_eq!(String::from_utf8(encode_request(&op)).unwrap(), line);
             assert_eq!(parse_request(line.as_bytes()).unwrap(), op);
         }
         assert_eq!(parse_request(br#"{"v":1,"op":"ping","new":[]}"#).unwrap(), Op::Ping);
@@ -273,6 +366,8 @@ mod tests {
             ("{\"v\":1}", ErrorKind::Usage, "missing field `op`"),
             ("{\"v\":-1,\"op\":\"stop\"}", ErrorKind::Usage, "invalid value"),
             ("{\"v\":2,\"op\":\"stop\"}", ErrorKind::Unsupported, "v: found 2, expected 1"),
+            ("{\"v\":1,\"op\":\"snapshot\"}", ErrorKind::Usage, "of what"),
+            ("{\"v\":1,\"op\":\"snapshot\",\"snapshot\":7}", ErrorKind::Usage, "invalid type"),
             ("{\"v\":1,\"op\":\"halt\"}", ErrorKind::Unsupported, "op: found \"halt\""),
         ] {
             let error = parse_request(line.as_bytes()).unwrap_err();

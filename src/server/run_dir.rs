@@ -4,8 +4,12 @@
 //!   /run/obd-ublk/           0700, root
 //!     N/                     locked by the server of device N for as long as it lives
 //!       state.json           see `state`
+//!       spare                room for the next state when there is no other
 //!       control.sock         see `control`
 //!       log
+//!       trouble              the last requests that failed or were slow, see `telemetry::trouble`
+//!       lost                 why no more servers are tried, see `supervisor`
+//!     supervisor.sock, supervisor.log
 //! ```
 //!
 //! A folder is claimed by making and locking it, before the kernel is asked for device N: whatever
@@ -25,6 +29,9 @@ use std::time::Duration;
 /// The variable that moves the folder, for tests and for several instances on one host.
 pub const RUN_DIR_VARIABLE: &str = "OBD_UBLK_RUN_DIR";
 
+/// The ring of troubles in the folder of a device.
+pub const TROUBLE_NAME: &str = "trouble";
+
 /// Where it is otherwise.
 const RUN_DIR_DEFAULT: &str = "/run/obd-ublk";
 
@@ -35,6 +42,12 @@ const LOCK_TRIES_MAX: u32 = 20;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RunDir {
     path: PathBuf,
+}
+
+impl Default for RunDir {
+    fn default() -> Self {
+        Self { path: RUN_DIR_DEFAULT.into() }
+    }
 }
 
 impl RunDir {
@@ -224,7 +237,13 @@ impl Slot {
     /// The log file of the device's server.
     #[must_use]
     pub fn log(&self) -> PathBuf {
-        self.path.join("log")
+        log_in(&self.path)
+    }
+
+    /// The ring of requests that failed or were slow.
+    #[must_use]
+    pub fn trouble(&self) -> PathBuf {
+        self.path.join(TROUBLE_NAME)
     }
 
     /// The control socket of the device's server.
@@ -241,6 +260,12 @@ impl Slot {
         std::fs::remove_dir_all(&self.path)
             .map_err(|error| Error::io(format!("remove {}", self.path.display()), &error))
     }
+}
+
+/// The log in the folder of a device.
+#[must_use]
+pub(super) fn log_in(folder: &Path) -> PathBuf {
+    folder.join("log")
 }
 
 /// The control socket in the folder of a device.

@@ -1,39 +1,39 @@
 //! The life of one served device, from claim to removal.
 //!
 //! ```text
-//!   claim N -- state "starting" -- open image -- leave mounts -- start device
-//!        -- state "live" -- control socket -- resultFile -- announce
-//!        -- loop: signals, control requests, the device itself --
-//!        -- stop device -- remove folder -- last reply
+//!   claim N -- state "starting" -- open image -- leave mounts -- supervisor guards N
+//!        -- start device -- state "live" -- control socket -- parcel to the supervisor
+//!        -- resultFile -- announce -- `served`: loop, stop device, remove folder, last reply
 //! ```
 //!
 //! Every step leaves something that the next `attach` or a `detach` can find: the folder is there
 //! before the kernel's device and goes after it. Nothing here knows the kernel (a [`Kernel`] is
-//! given), the process (see [`Housing`]) or signals (they come in as events).
+//! given), the process (see [`Housing`]) or signals (they come in as events). How a device goes
+//! on after its server's death is told in `successor`.
 
 use super::config_view::ConfigView;
 use super::control::{ControlSocket, Event};
-use super::kernel::{Kernel, Served, Wish};
+use super::kernel::{Kernel, Served, Watch, Wish};
+use super::portable::{Kept, Portable};
 use super::process::{Process, boot_id};
-use super::protocol::DeviceStat;
+use super::protocol::notes::Note;
 use super::result_file::ResultFile;
 use super::run_dir::{RunDir, Slot};
+use super::served::{self, Guarded, Up};
 use super::state::{Phase, SCHEMA, State};
+use super::supervisor::Link;
 use super::survey;
-use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::limits::{DEVICE_ID_MAX, DEVICE_ID_TRIES_MAX};
+use crate::telemetry::trouble::TroubleRing;
 use crate::units::sectors_to_bytes;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// Free numbers that are tried when others claim at the same time.
 const CLAIM_TRIES_MAX: usize = 256;
-
-/// How often the loop looks whether its device was deleted by somebody else.
-const GONE_POLL: Duration = Duration::from_secs(2);
 
 /// What is to be served, and how.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,6 +50,21 @@ pub struct Order {
     pub depth: u16,
     /// Largest request in bytes.
     pub request_bytes: u32,
+    /// Whether a supervisor is to bring the device back when its server dies.
+    pub supervised: bool,
+    /// The upper that takes the writes, if the config names none.
+    pub upper: Option<UpperWish>,
+    /// Most bytes of the data file of the upper that is written.
+    pub quota_bytes: Option<u64>,
+}
+
+/// A writable upper in a folder of its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UpperWish {
+    /// Absolute path of the folder.
+    pub folder: PathBuf,
+    /// Whether its files are to go with the device.
+    pub ephemeral: bool,
 }
 
 /// How the server lives in its process. Tests live in a thread of theirs and do none of this.
@@ -60,11 +75,18 @@ pub(super) trait Housing {
     /// What the operating system says.
     fn settle(&self, slot: &Slot) -> Result<Option<PathBuf>>;
 
-    /// Every file that serving needs is open; the caller's mounts are not needed any more.
+    /// Threads may start now: the process gets mounts of its own, and signals become events.
     ///
     /// # Errors
     /// What the operating system says.
-    fn leave_mounts(&self, run: &RunDir) -> Result<()>;
+    fn move_in(&self) -> Result<()>;
+
+    /// Every file that serving needs is open; the caller's mounts are not needed any more, but for
+    /// those of `folders`.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    fn leave_mounts(&self, run: &RunDir, folders: &[PathBuf]) -> Result<()>;
 
     /// The device can be used.
     ///
@@ -99,30 +121,22 @@ pub(super) struct Mailbox {
     pub(super) inbox: Receiver<Event>,
 }
 
-/// A device that is up.
-struct Up<T> {
-    device: T,
-    control: ControlSocket,
-    state: State,
-    since: Instant,
-}
-
 impl<K: Kernel, H: Housing> Server<'_, K, H> {
     /// Serves the disk that `open` opens until it is told to stop. Returns when nothing is left.
     ///
     /// # Errors
     /// Whatever keeps the device from coming up or from going away; in the first case nothing is
     /// left, in the second the folder stays for `detach`.
-    pub(super) fn serve<D: Disk>(
+    pub(super) fn serve<D: Portable>(
         mut self,
         mailbox: &Mailbox,
-        open: impl FnOnce() -> Result<D>,
+        open: impl FnOnce() -> Result<D> + Send + 'static,
     ) -> Result<()> {
         match self.bring_up(mailbox, open) {
-            Ok((up, slot)) => {
+            Ok(up) => {
                 // Kept open, it would keep its file system from being unmounted.
                 self.result_file = None;
-                self.serve_until_stopped(up, slot, &mailbox.inbox)
+                served::serve(up, self.kernel, self.run, &mailbox.sender, &mailbox.inbox)
             }
             Err(error) => {
                 // The caller reports failures too, but it may be gone.
@@ -134,39 +148,42 @@ impl<K: Kernel, H: Housing> Server<'_, K, H> {
         }
     }
 
-    fn bring_up<D: Disk>(
+    fn bring_up<D: Portable>(
         &self,
         mailbox: &Mailbox,
-        open: impl FnOnce() -> Result<D>,
-    ) -> Result<(Up<K::Device>, Slot)> {
+        open: impl FnOnce() -> Result<D> + Send + 'static,
+    ) -> Result<Up<K::Device>> {
         self.run.prepare()?;
         survey::collect_dead(self.run, self.kernel);
         let mut claimed = self.claim(&[])?;
-        let disk = match open() {
+        if let Err(error) = self.housing.move_in() {
+            return Err(claimed.give_up(error));
+        }
+        let disk = match open_interruptibly(mailbox, open) {
             Ok(disk) => Arc::new(disk),
             Err(error) => return Err(claimed.give_up(error)),
         };
-        if let Err(error) = self.housing.leave_mounts(self.run) {
+        if let Err(error) = self.housing.leave_mounts(self.run, &disk.folders()) {
             return Err(claimed.give_up(error));
         }
         let mut taken = Vec::new();
         loop {
             let id = claimed.slot.id();
-            match self.start(&mut claimed, mailbox, &disk) {
-                Ok(up) => return Ok((up, claimed.slot)),
+            match self.start(claimed, mailbox, &disk) {
+                Ok(up) => return Ok(up),
                 // Another program has the number, or holds the dead device of that number open.
-                Err(Failed { error, clean: true })
+                Err(Failed { error, left: Some(left) })
                     if error.kind() == ErrorKind::Busy
                         && self.order.id.is_none()
                         && taken.len() < DEVICE_ID_TRIES_MAX =>
                 {
                     tracing::info!(dev_id = id, "the number is taken: {error:#}");
                     taken.push(id);
-                    let next = self.claim(&taken)?;
-                    remove(std::mem::replace(&mut claimed, next).slot);
+                    claimed = self.claim(&taken)?;
+                    remove(left.slot);
                 }
-                Err(Failed { error, clean: true }) => return Err(claimed.give_up(error)),
-                Err(Failed { error, clean: false }) => return Err(error),
+                Err(Failed { error, left: Some(left) }) => return Err(left.give_up(error)),
+                Err(Failed { error, left: None }) => return Err(error),
             }
         }
     }
@@ -179,7 +196,7 @@ impl<K: Kernel, H: Housing> Server<'_, K, H> {
             state.log = log;
             state.save(slot.path())
         });
-        let claimed = Claimed { slot, state };
+        let claimed = Claimed { slot, state, link: None };
         match settled {
             Ok(()) => Ok(claimed),
             Err(error) => Err(claimed.give_up(error)),
@@ -208,29 +225,53 @@ impl<K: Kernel, H: Housing> Server<'_, K, H> {
     }
 
     /// Brings the device up under the number that was claimed.
-    fn start<D: Disk>(
+    fn start<D: Portable>(
         &self,
-        claimed: &mut Claimed,
+        mut claimed: Claimed,
         mailbox: &Mailbox,
         disk: &Arc<D>,
     ) -> std::result::Result<Up<K::Device>, Failed> {
-        let Claimed { slot, state } = claimed;
         let geometry = disk.geometry();
-        state.size_bytes = sectors_to_bytes(geometry.sectors);
-        state.read_only = geometry.read_only;
+        claimed.state.size_bytes = sectors_to_bytes(geometry.sectors);
+        claimed.state.read_only = geometry.read_only;
+        claimed.state.layers = disk.layer_files();
+        claimed.state.upper = disk.upper_file();
+        claimed.state.recoverable = self.order.supervised;
+        let id = claimed.slot.id();
+        // Guarded before the kernel has the device: whatever kills this process then, somebody
+        // sees to what is left. Not earlier: a host without ublk needs no supervisor.
+        let guarded = self
+            .kernel
+            .check()
+            .and_then(|()| self.order.supervised.then(|| Link::open(self.run, id)).transpose());
+        match guarded {
+            Ok(link) => claimed.link = link,
+            Err(error) => return Err(Failed { error, left: Some(Box::new(claimed)) }),
+        }
         let wish = Wish {
-            id: slot.id(),
+            id,
             queues: self.order.queues,
             depth: self.order.depth,
             request_bytes: self.order.request_bytes,
+            recoverable: claimed.state.recoverable,
         };
-        let device = self.kernel.start(Arc::clone(disk), &wish)?;
-        tracing::info!(dev_id = slot.id(), config = %state.config.display(), "device is up");
-        match self.go_public(slot, mailbox, state) {
-            Ok(control) => Ok(Up { device, control, state: state.clone(), since: Instant::now() }),
+        let watch = watch(&claimed.slot, &mailbox.sender);
+        let device = match self.kernel.start(Arc::clone(disk), &wish, watch) {
+            Ok(device) => device,
+            Err(error) => return Err(Failed { error, left: Some(Box::new(claimed)) }),
+        };
+        tracing::info!(dev_id = id, config = %claimed.state.config.display(), "device is up");
+        let shape = device.shape();
+        (claimed.state.queues, claimed.state.depth) = (Some(shape.queues), shape.depth);
+        match self.go_public(&mut claimed, mailbox, &**disk) {
+            Ok((control, guarded)) => {
+                let Claimed { slot, state, .. } = claimed;
+                let kept = Arc::clone(disk) as Arc<dyn Kept>;
+                Ok(Up { device, kept, control, state, slot, since: Instant::now(), guarded })
+            }
             Err(error) => Err(match device.stop(None) {
-                Ok(()) => error.into(),
-                Err(left) => Failed { error: error.context(format!("{left:#}")), clean: false },
+                Ok(()) => Failed { error, left: Some(Box::new(claimed)) },
+                Err(left) => Failed { error: error.context(format!("{left:#}")), left: None },
             }),
         }
     }
@@ -254,77 +295,119 @@ impl<K: Kernel, H: Housing> Server<'_, K, H> {
             size_bytes: None,
             log: None,
             attached_unix_ms: u64::try_from(now.as_millis()).unwrap_or(0),
+            recoverable: false,
+            layers: Vec::new(),
+            launcher: Process::parent(),
+            lazy: false,
+            recovery_count: 0,
+            last_recovery: None,
+            upper: None,
+            unsettled: None,
+            ephemeral: self.order.upper.as_ref().is_some_and(|upper| upper.ephemeral),
+            quota_bytes: self.order.quota_bytes,
         }
     }
 
-    /// Tells everybody, in the order of their trust: the successor, clients, the snapshotter, the
-    /// caller.
-    fn go_public(
+    /// Tells everybody, in the order of their trust: the successor, clients, the supervisor, the
+    /// snapshotter, the caller.
+    fn go_public<D: Portable>(
         &self,
-        slot: &Slot,
+        claimed: &mut Claimed,
         mailbox: &Mailbox,
-        state: &mut State,
-    ) -> Result<ControlSocket> {
-        state.phase = Phase::Live;
-        state.save(slot.path())?;
-        let control = ControlSocket::listen(&slot.socket(), mailbox.sender.clone())?;
+        disk: &D,
+    ) -> Result<(ControlSocket, Option<Guarded>)> {
+        claimed.state.phase = Phase::Live;
+        claimed.state.save(claimed.slot.path())?;
+        let control = ControlSocket::listen(&claimed.slot.socket(), mailbox.sender.clone())?;
+        let guarded = claimed.link.take().map(|link| entrust(link, disk, &mailbox.sender));
         let reported = self.result_file.as_ref().map_or(Ok(()), ResultFile::succeeded);
         let announced = reported.and_then(|()| {
-            check_not_told_to_stop(&mailbox.inbox)?;
-            self.housing.announce(slot.id()).context(|| "tell the caller of the device".to_owned())
+            check_not_told_to_stop(&mailbox.inbox, |event| {
+                let _ = mailbox.sender.send(event);
+            })?;
+            let id = claimed.slot.id();
+            self.housing.announce(id).context(|| "tell the caller of the device".to_owned())?;
+            Ok(guarded)
         });
         match announced {
-            Ok(()) => Ok(control),
+            Ok(guarded) => Ok((control, guarded)),
             Err(error) => {
                 control.close();
                 Err(error)
             }
         }
     }
+}
 
-    fn serve_until_stopped(
-        &self,
-        mut up: Up<K::Device>,
-        slot: Slot,
-        inbox: &Receiver<Event>,
-    ) -> Result<()> {
-        loop {
-            if up.device.is_gone() {
-                tracing::warn!("the device was deleted by somebody else");
-                return take_down(up, slot, None, None);
+/// Hands the supervisor what a successor will need, and listens to it from now on. When it is gone,
+/// the server's loop hears of that first and finds another one.
+pub(super) fn entrust<D: Portable>(link: Link, disk: &D, events: &Sender<Event>) -> Guarded {
+    let parcel = disk.pack().unwrap_or_else(|error| {
+        // A successor will open the image anew.
+        tracing::warn!("no parcel: {error:#}");
+        Vec::new()
+    });
+    let told = link
+        .entrust(&parcel)
+        .and_then(|()| link.say(&Note::Live))
+        .and_then(|()| link.listen(events.clone()));
+    if let Err(error) = told {
+        tracing::warn!("the supervisor is gone: {error:#}");
+        let _ = events.send(Event::Orphaned);
+    }
+    Guarded { link, parcel: Arc::new(parcel) }
+}
+
+/// Who hears of the device in `slot`: its server's loop, and its ring of troubles.
+pub(super) fn watch(slot: &Slot, events: &Sender<Event>) -> Watch {
+    let events = events.clone();
+    let on_gone = Box::new(move || {
+        let _ = events.send(Event::Gone);
+    });
+    // Only a record: a device without one is better than no device.
+    let trouble_ring = TroubleRing::open(&slot.trouble())
+        .inspect_err(|error| tracing::warn!("{error:#}"))
+        .ok()
+        .map(Arc::new);
+    Watch { on_gone, trouble_ring }
+}
+
+/// Opens the disk on a thread of its own, so that a signal ends the attach though a file system
+/// below does not answer: the process can then end, and takes the thread with it.
+pub(super) fn open_interruptibly<D: Send + 'static>(
+    mailbox: &Mailbox,
+    open: impl FnOnce() -> Result<D> + Send + 'static,
+) -> Result<D> {
+    let (opened, result) = channel();
+    let events = mailbox.sender.clone();
+    let work = move || {
+        let _ = opened.send(open());
+        let _ = events.send(Event::Opened);
+    };
+    let spawned = std::thread::Builder::new().name("open".to_owned()).spawn(work);
+    spawned.map_err(|error| Error::io("start a thread", &error))?;
+    loop {
+        match mailbox.inbox.recv() {
+            Ok(Event::Signal(name)) => return Err(told_to_stop(name)),
+            // The thread ends without a result only by a panic, which is a bug of ours.
+            Ok(Event::Opened) | Err(_) => {
+                let bug = || Error::new(ErrorKind::Io, "bug: opening the image panicked");
+                return result.recv().unwrap_or_else(|_| Err(bug()));
             }
-            match inbox.recv_timeout(GONE_POLL) {
-                Err(RecvTimeoutError::Timeout) => {}
-                Ok(Event::Stat(answer)) => {
-                    let _ = answer.send(stat_of(&up));
-                }
-                Ok(Event::Stop(answer)) => match self.kernel.hold(slot.id()) {
-                    Ok(held) => return take_down(up, slot, Some(held), Some(&answer)),
-                    Err(error) if error.kind() == ErrorKind::Busy => {
-                        let _ = answer.send(Err(error));
-                    }
-                    Err(error) => {
-                        // No node to hold is no reason to keep the device.
-                        tracing::warn!("{error:#}");
-                        return take_down(up, slot, None, Some(&answer));
-                    }
-                },
-                Ok(Event::Signal(name)) => {
-                    tracing::info!(signal = name, "asked to end");
-                    return take_down(up, slot, None, None);
-                }
-                Err(RecvTimeoutError::Disconnected) => {
-                    return take_down(up, slot, None, None);
-                }
-            }
+            Ok(_) => {}
         }
     }
+}
+
+fn told_to_stop(signal: &str) -> Error {
+    Error::new(ErrorKind::Canceled, format!("{signal} came before anything was served"))
 }
 
 /// A number that is ours, and what is written down under it.
 struct Claimed {
     slot: Slot,
     state: State,
+    link: Option<Link>,
 }
 
 impl Claimed {
@@ -341,76 +424,29 @@ fn remove(slot: Slot) {
     }
 }
 
-/// Why a device did not come up, and whether nothing of it is left in the kernel.
+/// Why a device did not come up, and what is left of the claim: nothing when the kernel did not let
+/// go of the device; its folder stays then.
 struct Failed {
     error: Error,
-    clean: bool,
+    left: Option<Box<Claimed>>,
 }
 
-impl From<Error> for Failed {
-    fn from(error: Error) -> Self {
-        Self { error, clean: true }
-    }
-}
-
-fn check_not_told_to_stop(inbox: &Receiver<Event>) -> Result<()> {
-    match inbox.try_recv() {
-        Ok(Event::Signal(name)) => {
-            Err(Error::new(ErrorKind::Canceled, format!("{name} came before the device was up")))
-        }
-        // Nobody can have asked for anything else yet; its sender learns from the silence.
-        Ok(Event::Stop(_) | Event::Stat(_)) | Err(_) => Ok(()),
-    }
-}
-
-fn stat_of<T: Served>(up: &Up<T>) -> DeviceStat {
-    DeviceStat {
-        id: up.state.id,
-        device: up.state.device_path(),
-        pid: up.state.server.pid,
-        config: up.state.config.clone(),
-        size_bytes: up.state.size_bytes.unwrap_or(0),
-        read_only: up.state.read_only,
-        uptime_ms: u64::try_from(up.since.elapsed().as_millis()).unwrap_or(u64::MAX),
-        counters: up.device.counters(),
-    }
-}
-
-/// Stops the device, removes its folder, and only then answers whoever asked for it.
-fn take_down<T: Served>(
-    up: Up<T>,
-    slot: Slot,
-    held: Option<std::fs::File>,
-    answer: Option<&Sender<Result<()>>>,
-) -> Result<()> {
-    // A folder of a device that the kernel did not let go of stays: `detach` finds it by that.
-    let outcome = up.device.stop(held).and_then(|()| slot.remove());
-    if let Some(answer) = answer {
-        let copy = match &outcome {
-            Ok(()) => Ok(()),
-            Err(error) => Err(Error::new(error.kind(), format!("{error:#}"))),
-        };
-        let _ = answer.send(copy);
-    }
-    up.control.close();
-    if outcome.is_ok() {
-        tracing::info!("device is gone");
-    }
-    outcome
-}
-
-/// The order's config, or why it cannot be served as asked.
+/// Whether no signal came yet. Another event that came first goes to `keep`.
 ///
 /// # Errors
-/// `Unsupported` for a writable config that is not to be served read-only.
-pub(super) fn check_writable(view: &ConfigView, read_only: bool, config: &Path) -> Result<()> {
-    if view.writable && !read_only {
-        let message = format!(
-            "config {} has a writable upper, which cannot be served yet; --read-only serves what \
-             it holds now, without writes",
-            config.display()
-        );
-        return Err(Error::new(ErrorKind::Unsupported, message));
+/// `Canceled`, naming the signal.
+pub(super) fn check_not_told_to_stop(
+    inbox: &Receiver<Event>,
+    keep: impl FnOnce(Event),
+) -> Result<()> {
+    match inbox.try_recv() {
+        Ok(Event::Signal(name)) => Err(told_to_stop(name)),
+        // Between us: the loop will hear of it.
+        Ok(event @ (Event::Orphaned | Event::Relinked(_) | Event::Yield | Event::Gone)) => {
+            keep(event);
+            Ok(())
+        }
+        // Nobody can have asked for anything else yet; its sender learns from the silence.
+        Ok(_) | Err(_) => Ok(()),
     }
-    Ok(())
 }

@@ -2,6 +2,9 @@
 
 use crate::error::{Error, ErrorKind};
 use crate::units::to_u64;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
 use std::io::{ErrorKind as IoKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -70,6 +73,26 @@ pub(super) fn read_line(
             return Ok(line);
         }
     }
+}
+
+/// Whether something can be read, be it the end, before `patience` is over.
+pub(super) fn is_readable_within(stream: &UnixStream, patience: Duration) -> bool {
+    let deadline = Instant::now() + patience;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = Timespec::try_from(left).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 });
+        match poll(&mut [PollFd::new(stream, PollFlags::IN)], Some(&left)) {
+            Err(Errno::INTR) => {}
+            Ok(0) => return false,
+            Ok(_) | Err(_) => return true,
+        }
+    }
+}
+
+/// Whether the other end is closed and nothing is left to read. Waits for either.
+pub(super) fn is_at_end(stream: &UnixStream) -> bool {
+    let mut byte = [0; 1];
+    matches!(rustix::net::recv(stream, &mut byte[..], RecvFlags::PEEK), Ok((_, 0)))
 }
 
 /// Writes `line`; each piece must be taken within `patience`.

@@ -12,13 +12,14 @@
 //! handler. No slice of the mapping ever leaves this file.
 #![allow(unsafe_code)]
 
-use super::file::open_regular;
+use super::file::{FileIdentity, adopt_regular, open_regular};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::to_usize;
 use memmap2::{Mmap, MmapOptions};
 use nix::sys::stat::fstat;
 use std::fmt;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Once;
@@ -55,7 +56,8 @@ pub struct MappedFile {
     path: PathBuf,
     file: File,
     bytes: u64,
-    // `None`: empty, or the table or the address space is full. Then every read is a `pread`.
+    // `None`: empty, shorter than it was, or the table or the address space is full. Then every
+    // read is a `pread`.
     mapping: Option<Mapping>,
 }
 
@@ -65,7 +67,8 @@ struct Mapping {
 }
 
 impl Mapping {
-    fn new(file: &File) -> Option<Self> {
+    fn new(file: &File, bytes: u64) -> Option<Self> {
+        let bytes = to_usize(bytes).filter(|&bytes| bytes > 0)?;
         install_handler();
         let slot = SLOTS.iter().find(|slot| {
             slot.start.compare_exchange(FREE, CLAIMED, Ordering::AcqRel, Ordering::Relaxed).is_ok()
@@ -73,7 +76,7 @@ impl Mapping {
         // SAFETY: the mapping is read-only and never becomes a slice: `MappedFile::copy_out` reads
         // it through raw pointers, so a file that changes underneath cannot break a Rust reference,
         // and one that shrinks ends in the handler below.
-        let Ok(map) = (unsafe { MmapOptions::new().map(file) }) else {
+        let Ok(map) = (unsafe { MmapOptions::new().len(bytes).map(file) }) else {
             slot.start.store(FREE, Ordering::Release);
             return None;
         };
@@ -102,8 +105,26 @@ impl MappedFile {
             .metadata()
             .map_err(|error| Error::io(format!("stat {}", path.display()), &error))?
             .len();
-        let mapping = if bytes == 0 { None } else { Mapping::new(&file) };
+        let mapping = Mapping::new(&file, bytes);
         Ok(Self { path: path.to_owned(), file, bytes, mapping })
+    }
+
+    /// Takes over the file that another process opened by `path` when it had `bytes` bytes. One
+    /// that has become shorter since is no error here: what is left of it is served, and the reads
+    /// of what is missing fail, as they did in that process.
+    ///
+    /// # Errors
+    /// `InvalidFormat` for anything but a regular file that can be read, `Corrupt` for another
+    /// file than `expected`, `Io`.
+    pub fn adopt(path: PathBuf, fd: OwnedFd, expected: FileIdentity, bytes: u64) -> Result<Self> {
+        let file = adopt_regular(&path, fd, expected)?;
+        let left = file
+            .metadata()
+            .map_err(|error| Error::io(format!("stat {}", path.display()), &error))?
+            .len();
+        // A mapping of what is not there could only fault and be retired.
+        let mapping = if left < bytes { None } else { Mapping::new(&file, bytes) };
+        Ok(Self { path, file, bytes, mapping })
     }
 
     /// Length in bytes when the file was opened.

@@ -1,4 +1,5 @@
-//! Where bytes come from: a layer's file, mapped into memory, or bytes that a test made.
+//! Where bytes come from: a layer's file, mapped into memory, a blob that lies elsewhere, or bytes
+//! that a test made.
 //!
 //! A [`Source`] answers one question: "these bytes, at this offset". It knows nothing of formats.
 //! Reads that hit resident pages take no system call and no lock. Nothing here is ever handed out
@@ -8,10 +9,16 @@
 mod file;
 mod holes;
 mod mmap;
+mod place;
+mod remote;
+mod shared_memory;
 
-pub use file::{is_same_file, open_regular};
-pub use holes::data_extents;
+pub use file::{FileIdentity, is_same_file, open_regular, open_regular_for_writing};
+pub use holes::{data_extents, data_extents_of};
 pub use mmap::MappedFile;
+pub use place::Place;
+pub use remote::{Fetch, RemoteBlob};
+pub use shared_memory::SharedMemory;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{to_u64, to_usize};
@@ -26,6 +33,8 @@ pub enum Source {
     Mapped(Arc<MappedFile>),
     /// Bytes in memory: tests, fuzzing, examples.
     Memory(Arc<[u8]>),
+    /// A blob that lies elsewhere.
+    Remote(Arc<dyn RemoteBlob>),
 }
 
 impl Source {
@@ -43,13 +52,15 @@ impl Source {
         match self {
             Self::Mapped(file) => file.bytes(),
             Self::Memory(bytes) => to_u64(bytes.len()),
+            Self::Remote(blob) => blob.bytes(),
         }
     }
 
     /// Fills `dst` from `offset_bytes` on. May block on the disk that holds the file.
     ///
     /// # Errors
-    /// `OutOfRange` beyond the end; `Io` when the file was truncated or its disk fails.
+    /// `OutOfRange` beyond the end; `Io` when the file was truncated or its disk fails; what keeps
+    /// a blob from being fetched.
     #[inline]
     pub fn read(&self, offset_bytes: u64, dst: &mut [u8]) -> Result<()> {
         let end = offset_bytes.checked_add(to_u64(dst.len()));
@@ -66,6 +77,7 @@ impl Source {
                 }
                 Ok(())
             }
+            Self::Remote(blob) => blob.read(offset_bytes, dst),
         }
     }
 
@@ -100,6 +112,7 @@ impl fmt::Debug for Source {
         match self {
             Self::Mapped(file) => file.fmt(f),
             Self::Memory(bytes) => write!(f, "Memory({} bytes)", bytes.len()),
+            Self::Remote(blob) => write!(f, "{}", blob.name()),
         }
     }
 }

@@ -1,11 +1,22 @@
 //! Where the program's words go: plain lines on standard error.
 //!
 //! A command's standard error is the caller's terminal; a server's is its log file once it has one
-//! (the server moves the descriptor, see `server::isolate`), so both write the same way. Called
-//! once by `cli`. Standard output is never written here: it carries data only.
+//! (which moves the descriptor and bounds the file, see [`log_to`]), so both write alike. Called
+//! once by `cli`. Standard output is never written here: it carries data only. Each event is one
+//! line in which nothing acts on a terminal, whatever paths and error texts hold: [`printable()`].
 //!
 //! The filter is `OBD_UBLK_LOG` (`debug`, `obd_ublk::image=trace`, ...) if set, otherwise the
 //! level given by `-v`.
+//!
+//! What must outlive the server that saw it goes into a file of its own: see [`trouble`].
+
+pub mod trouble;
+
+mod log_file;
+mod printable;
+
+pub use log_file::log_to;
+pub use printable::printable;
 
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
@@ -45,17 +56,29 @@ impl Verbosity {
     }
 }
 
+/// Makes a panic an event like others: one line, in a log of bounded size.
+pub fn log_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        let place = panic.location().map(ToString::to_string).unwrap_or_default();
+        let text = panic.payload_as_str().unwrap_or("no text");
+        tracing::error!(place, "bug: panicked: {text}");
+    }));
+}
+
 /// Sends the program's words to standard error. A second call changes nothing.
 pub fn init(verbosity: Verbosity) {
     let filter = EnvFilter::builder()
         .with_default_directive(verbosity.filter().into())
         .with_env_var(LOG_VARIABLE)
         .from_env_lossy();
-    let _ = tracing_subscriber::fmt()
+    let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(|| printable::Lines(log_file::BoundedStderr))
         .with_ansi(false)
-        .try_init();
+        .finish();
+    // Not by its own `try_init`, which brings in the words of crates that use `log` where another
+    // crate of the build asks for that: a tested program must say what a shipped one does.
+    let _ = tracing::subscriber::set_global_default(subscriber);
 }
 
 #[cfg(test)]

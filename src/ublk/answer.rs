@@ -1,24 +1,80 @@
 //! One queue's answers: a request in, an `i32` out, whatever the reader does.
 //!
 //! Knows nothing of rings and devices, so that all of it is tested without a kernel.
+//!
+//! Every request is timed when there is a trouble ring to tell of slow ones. The clock is the
+//! kernel's coarse one: it moves once a tick (some milliseconds), which is enough to tell a second,
+//! costs a quarter of the exact one, and is never a system call, whatever drives the exact one.
 
 use super::request::{self, Bounds, Descriptor, Request};
 use super::stats::{DeviceCounters, QueueCounters};
-use crate::disk::{Disk, Worker};
+use crate::disk::{Disk, Guarded, Space};
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::to_u64;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use crate::limits::SLOW_IO_MS;
+use crate::telemetry::trouble::{Trouble, TroubleRing};
+use crate::units::{to_u64, whole_sectors};
+use nix::time::{ClockId, clock_gettime};
+use std::ops::Range;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Reads for one queue.
+/// See [`SLOW_IO_MS`].
+const SLOW_IO: Duration = Duration::from_millis(SLOW_IO_MS);
+
+/// Serves one queue.
 pub(super) struct Server<'a, D: Disk> {
-    disk: &'a D,
-    /// `None` after a panic, until a new reader can be had.
-    worker: Option<D::Worker>,
+    worker: Guarded<'a, D>,
     bounds: Bounds,
     counters: &'a QueueCounters,
     device_counters: &'a DeviceCounters,
+    /// Where failed and slow requests are recorded, if anywhere.
+    trouble_ring: Option<&'a TroubleRing>,
+    /// Time since some moment in the past.
+    clock: fn() -> Duration,
     device_id: u32,
     queue_index: u16,
+    /// Whether reads may have to wait.
+    may_wait: bool,
+}
+
+/// What becomes of a request.
+#[derive(Debug)]
+pub(super) enum Answer {
+    /// It is over.
+    Now(i32),
+    /// It is over once a flush that begins now is: see [`Server::flushed`].
+    AfterFlush(Waiting),
+    /// A read that another thread is to do, because it has to wait: see [`Server::missed`].
+    Elsewhere {
+        /// What came.
+        waiting: Waiting,
+        /// First sector.
+        start_sector: u64,
+        /// Whole sectors, no more than the buffer.
+        len_bytes: usize,
+    },
+}
+
+/// A request that waits for a flush, or for bytes from elsewhere.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Waiting {
+    descriptor: Descriptor,
+    /// When it came.
+    since: Duration,
+    /// The answer if that succeeds.
+    answer: i32,
+}
+
+/// A request that was served.
+struct Served {
+    answer: i32,
+    /// Whether the answer has to wait for a flush.
+    durable: bool,
+}
+
+/// A request that was not served: the answer, and why.
+struct Failure {
+    errno: i32,
+    error: Error,
 }
 
 impl<'a, D: Disk> Server<'a, D> {
@@ -33,8 +89,17 @@ impl<'a, D: Disk> Server<'a, D> {
             let message = format!("queue {queue_index} was not asked for");
             return Err(Error::new(ErrorKind::Kernel, message));
         };
-        let worker = Some(new_worker(disk)?);
-        Ok(Self { disk, worker, bounds, counters, device_counters, device_id, queue_index })
+        Ok(Self {
+            worker: Guarded::new(disk)?,
+            bounds,
+            counters,
+            device_counters,
+            trouble_ring: device_counters.trouble_ring(),
+            clock: coarse_clock,
+            device_id,
+            queue_index,
+            may_wait: disk.may_wait(),
+        })
     }
 
     /// Counts one `io_uring_enter`.
@@ -42,66 +107,182 @@ impl<'a, D: Disk> Server<'a, D> {
         self.counters.enters.add(1);
     }
 
-    /// Serves one request: its data is in `buffer` when this returns the answer.
-    pub(super) fn answer(&mut self, descriptor: Descriptor, buffer: &mut [u8]) -> i32 {
+    /// Serves one request. The data of a read is in `buffer` when this returns its answer; that of
+    /// a write is there already: the driver copies it before it hands the request out, since we
+    /// never ask for it to wait until we want the data (`NEED_GET_DATA`), nor for other ways
+    /// (`USER_COPY`, zero copy).
+    pub(super) fn answer(&mut self, descriptor: Descriptor, buffer: &mut [u8]) -> Answer {
         self.counters.requests.add(1);
+        let since = self.now();
+        if self.may_wait
+            && let Some((start_sector, len_bytes)) = self.is_miss(descriptor)
+        {
+            let answer = request::done(len_bytes);
+            let waiting = Waiting { descriptor, since, answer };
+            return Answer::Elsewhere { waiting, start_sector, len_bytes };
+        }
+        match self.serve(descriptor, buffer) {
+            Ok(Served { answer, durable: true }) => {
+                Answer::AfterFlush(Waiting { descriptor, since, answer })
+            }
+            Ok(Served { answer, durable: false }) => {
+                Answer::Now(self.finish(descriptor, since, Ok(answer)))
+            }
+            Err(Failure { errno, error }) => {
+                Answer::Now(self.finish(descriptor, since, Err((errno, &error))))
+            }
+        }
+    }
+
+    /// The answer to a request that had to wait for a flush, which is over. A write that is in
+    /// place but not durable failed: its writer was promised both.
+    pub(super) fn flushed(&self, waiting: Waiting, failure: Option<&Error>) -> i32 {
+        let Waiting { descriptor, since, answer } = waiting;
+        let outcome = match failure {
+            None => {
+                self.counters.flushes.add(1);
+                Ok(answer)
+            }
+            Some(error) => Err((-request::failed(error), error)),
+        };
+        self.finish(descriptor, since, outcome)
+    }
+
+    /// The read in `descriptor` if it would have to wait.
+    fn is_miss(&mut self, descriptor: Descriptor) -> Option<(u64, usize)> {
+        let request = request::decode(descriptor, self.bounds);
+        let Ok(Request::Read { start_sector, len_bytes }) = request else { return None };
+        let sectors = start_sector..start_sector + whole_sectors(to_u64(len_bytes));
+        self.worker.would_wait(sectors).then_some((start_sector, len_bytes))
+    }
+
+    /// The answer to a read that another thread did.
+    pub(super) fn missed(&self, waiting: Waiting, outcome: Result<()>) -> i32 {
+        let Waiting { descriptor, since, answer } = waiting;
+        match outcome {
+            Ok(()) => {
+                self.counters.read_bytes.add(u64::try_from(answer).unwrap_or(0));
+                self.finish(descriptor, since, Ok(answer))
+            }
+            Err(error) => {
+                let Descriptor { sector_count, start_sector, .. } = descriptor;
+                let place = format!("read {sector_count} sectors from sector {start_sector}");
+                let error = error.context(place);
+                self.finish(descriptor, since, Err((-request::failed(&error), &error)))
+            }
+        }
+    }
+
+    /// The time; nobody asks for it where nothing is recorded.
+    fn now(&self) -> Duration {
+        if self.trouble_ring.is_some() { (self.clock)() } else { Duration::ZERO }
+    }
+
+    /// The answer, once it has been told to who watches.
+    fn finish(
+        &self,
+        descriptor: Descriptor,
+        since: Duration,
+        outcome: Result<i32, (i32, &Error)>,
+    ) -> i32 {
+        let took = self.now().saturating_sub(since);
+        match outcome {
+            Ok(answer) => {
+                if took >= SLOW_IO {
+                    self.record(descriptor, took, 0, "slow".to_owned());
+                }
+                answer
+            }
+            Err((errno, error)) => {
+                let text = self.complain(error);
+                self.record(descriptor, took, errno, text);
+                -errno
+            }
+        }
+    }
+
+    fn serve(&mut self, descriptor: Descriptor, buffer: &mut [u8]) -> Result<Served, Failure> {
         match request::decode(descriptor, self.bounds) {
             Ok(Request::Read { start_sector, len_bytes }) => match buffer.get_mut(..len_bytes) {
                 Some(dst) => self.read(start_sector, dst),
-                None => self.refuse(descriptor, libc::EINVAL),
+                None => Err(refusal(descriptor, libc::EINVAL)),
             },
-            Ok(Request::Flush) => 0,
-            Err(errno) => self.refuse(descriptor, errno),
+            Ok(Request::Write { start_sector, len_bytes, durable }) => {
+                match buffer.get(..len_bytes) {
+                    Some(src) => self.write(start_sector, src, durable),
+                    None => Err(refusal(descriptor, libc::EINVAL)),
+                }
+            }
+            Ok(Request::Zeroes { sectors, space, durable }) => self.zero(sectors, space, durable),
+            Ok(Request::Flush) => Ok(Served { answer: 0, durable: !self.bounds.read_only }),
+            Err(errno) => Err(refusal(descriptor, errno)),
         }
     }
 
-    fn read(&mut self, start_sector: u64, dst: &mut [u8]) -> i32 {
-        match self.try_read(start_sector, dst) {
-            Ok(()) => {
-                self.counters.read_bytes.add(to_u64(dst.len()));
-                request::done(dst.len())
-            }
-            Err(error) => {
-                let sectors = dst.len() >> crate::units::SECTOR_SHIFT;
-                let range = format!("read {sectors} sectors from sector {start_sector}");
-                let error = error.context(range);
-                self.complain(&error);
-                request::failed(&error)
-            }
-        }
+    fn read(&mut self, start_sector: u64, dst: &mut [u8]) -> Result<Served, Failure> {
+        let outcome = self.worker.read(start_sector, dst);
+        self.served(outcome, "read", (start_sector, whole_sectors(to_u64(dst.len()))))?;
+        self.counters.read_bytes.add(to_u64(dst.len()));
+        Ok(Served { answer: request::done(dst.len()), durable: false })
     }
 
-    /// Reads; a panic of the reader is an error like any other.
-    fn try_read(&mut self, start_sector: u64, dst: &mut [u8]) -> Result<()> {
-        let worker = match &mut self.worker {
-            Some(worker) => worker,
-            none => none.insert(new_worker(self.disk)?),
-        };
-        // What a panicking reader leaves behind is not used again: the reader is replaced, and
-        // the buffer's content is not handed out.
-        match catch_unwind(AssertUnwindSafe(|| worker.read(start_sector, dst))) {
-            Ok(outcome) => outcome,
-            Err(panic) => {
-                self.counters.panics.add(1);
-                self.worker = None;
-                Err(panicked("read", panic.as_ref()))
-            }
-        }
+    fn write(&mut self, start_sector: u64, src: &[u8], durable: bool) -> Result<Served, Failure> {
+        let outcome = self.worker.write(start_sector, src);
+        self.served(outcome, "write", (start_sector, whole_sectors(to_u64(src.len()))))?;
+        self.counters.writes.add(1);
+        self.counters.written_bytes.add(to_u64(src.len()));
+        Ok(Served { answer: request::done(src.len()), durable })
     }
 
-    fn refuse(&self, descriptor: Descriptor, errno: i32) -> i32 {
+    fn zero(
+        &mut self,
+        sectors: Range<u64>,
+        space: Space,
+        durable: bool,
+    ) -> Result<Served, Failure> {
+        let (start_sector, count) = (sectors.start, sectors.end - sectors.start);
+        let outcome = self.worker.write_zeroes(sectors, space);
+        self.served(outcome, "zero", (start_sector, count))?;
+        self.counters.discards.add(1);
+        Ok(Served { answer: 0, durable })
+    }
+
+    /// What the worker made of a request, with the place that it was about.
+    fn served(
+        &self,
+        outcome: Result<()>,
+        what: &str,
+        (start_sector, sector_count): (u64, u64),
+    ) -> Result<(), Failure> {
+        self.counters.panics.set(self.worker.panics());
+        outcome.map_err(|error| {
+            let place = format!("{what} {sector_count} sectors from sector {start_sector}");
+            let error = error.context(place);
+            Failure { errno: -request::failed(&error), error }
+        })
+    }
+
+    #[cold]
+    fn record(&self, descriptor: Descriptor, took: Duration, errno: i32, text: String) {
+        let Some(ring) = self.trouble_ring else { return };
         let Descriptor { op_flags, sector_count, start_sector } = descriptor;
-        let message = format!(
-            "refused request: operation {}, {sector_count} sectors from sector {start_sector}",
-            op_flags & 0xff
-        );
-        self.complain(&Error::new(ErrorKind::OutOfRange, message));
-        -errno
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        ring.record(&Trouble {
+            unix_ms: u64::try_from(now.as_millis()).unwrap_or(0),
+            operation: operation(op_flags),
+            start_sector,
+            sectors: sector_count,
+            errno,
+            duration_us: u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
+            queue: self.queue_index,
+            text,
+            ..Trouble::default()
+        });
     }
 
-    /// Counts a failure and leaves its text for who asks. The log gets the 1st, 2nd, 4th, 8th...:
-    /// a bad layer under a busy reader must not fill the disk that the log is on.
-    pub(super) fn complain(&self, error: &Error) {
+    /// Counts a failure, leaves its text for who asks, and returns it. The log gets the 1st, 2nd,
+    /// 4th, 8th...: a bad layer under a busy reader must not fill the disk that the log is on.
+    pub(super) fn complain(&self, error: &Error) -> String {
         self.counters.errors.add(1);
         let errors = self.counters.errors.get();
         let text = format!("{error:#}");
@@ -111,154 +292,29 @@ impl<'a, D: Disk> Server<'a, D> {
                 "request failed"
             );
         }
-        self.device_counters.set_last_error(text);
+        self.device_counters.set_last_error(text.clone());
+        text
     }
 }
 
-/// A reader; a panic while making one is an error.
-fn new_worker<D: Disk>(disk: &D) -> Result<D::Worker> {
-    let made = catch_unwind(AssertUnwindSafe(|| disk.worker()));
-    made.unwrap_or_else(|panic| Err(panicked("reader's start", panic.as_ref())))
-        .map_err(|error| error.context("prepare a reader"))
+/// The operation of a request, without the hints above it.
+fn operation(op_flags: u32) -> u8 {
+    u8::try_from(op_flags & 0xff).unwrap_or(u8::MAX)
 }
 
-/// The error for a panic, with its message where it has one.
-fn panicked(what: &str, panic: &(dyn std::any::Any + Send)) -> Error {
-    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-    Error::new(ErrorKind::Io, format!("bug: the {what} panicked: {text}"))
+fn refusal(descriptor: Descriptor, errno: i32) -> Failure {
+    let Descriptor { op_flags, sector_count, start_sector } = descriptor;
+    let message = format!(
+        "refused request: operation {}, {sector_count} sectors from sector {start_sector}",
+        operation(op_flags)
+    );
+    Failure { errno, error: Error::new(ErrorKind::OutOfRange, message) }
+}
+
+/// See the module text.
+fn coarse_clock() -> Duration {
+    clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE).map_or(Duration::ZERO, Duration::from)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::disk::Geometry;
-    use libublk::sys;
-    use std::sync::atomic::{AtomicU32, Ordering};
-
-    const BOUNDS: Bounds = Bounds { sectors: 100, buffer_bytes: 4096 };
-
-    /// Sector N is 512 bytes of N; sectors 90 to 94 are bad, 95 and up panic.
-    #[derive(Default)]
-    struct Fake {
-        workers: AtomicU32,
-        workers_max: u32,
-    }
-
-    struct FakeWorker;
-
-    impl Disk for Fake {
-        type Worker = FakeWorker;
-
-        fn geometry(&self) -> Geometry {
-            Geometry { sectors: BOUNDS.sectors, read_only: true, optimal_io_bytes: 4096 }
-        }
-
-        fn worker(&self) -> Result<FakeWorker> {
-            let made = self.workers.fetch_add(1, Ordering::Relaxed);
-            assert!(self.workers_max == 0 || made < self.workers_max, "no more readers");
-            Ok(FakeWorker)
-        }
-    }
-
-    impl Worker for FakeWorker {
-        fn read(&mut self, start_sector: u64, dst: &mut [u8]) -> Result<()> {
-            for (sector, bytes) in (start_sector..).zip(dst.chunks_mut(512)) {
-                assert!(sector < 95, "sector {sector} is cursed");
-                if sector >= 90 {
-                    return Err(Error::new(
-                        ErrorKind::Integrity,
-                        format!("sector {sector} is bad"),
-                    ));
-                }
-                bytes.fill(u8::try_from(sector).unwrap());
-            }
-            Ok(())
-        }
-    }
-
-    fn ask(op_flags: u32, start_sector: u64, sector_count: u32) -> Descriptor {
-        Descriptor { op_flags, sector_count, start_sector }
-    }
-
-    fn read(start_sector: u64, sector_count: u32) -> Descriptor {
-        ask(sys::UBLK_IO_OP_READ, start_sector, sector_count)
-    }
-
-    #[test]
-    fn a_read_fills_the_front_of_the_buffer_and_answers_its_length() {
-        let (disk, counters) = (Fake::default(), DeviceCounters::new(1));
-        let mut server = Server::new(&disk, BOUNDS, &counters, (7, 0)).unwrap();
-        let mut buffer = [0xee; 4096];
-        assert_eq!(server.answer(read(5, 2), &mut buffer), 1024);
-        assert_eq!((buffer[0], buffer[511], buffer[512], buffer[1023]), (5, 5, 6, 6));
-        assert_eq!(buffer[1024..], [0xee; 3072]);
-        let total = counters.snapshot().total();
-        assert_eq!((total.requests, total.read_bytes, total.errors), (1, 1024, 0));
-    }
-
-    #[test]
-    fn a_failed_read_answers_its_errno_and_leaves_its_story() {
-        let (disk, counters) = (Fake::default(), DeviceCounters::new(1));
-        let mut server = Server::new(&disk, BOUNDS, &counters, (7, 0)).unwrap();
-        assert_eq!(server.answer(read(89, 2), &mut [0; 4096]), -libc::EILSEQ);
-        let stats = counters.snapshot();
-        assert_eq!((stats.total().errors, stats.total().read_bytes), (1, 0));
-        assert_eq!(
-            stats.last_error.as_deref(),
-            Some("read 2 sectors from sector 89: sector 90 is bad")
-        );
-        assert_eq!(server.answer(read(0, 1), &mut [0; 4096]), 512, "and the next one is served");
-    }
-
-    #[test]
-    fn a_panicking_reader_fails_one_request_and_is_replaced() {
-        let (disk, counters) = (Fake::default(), DeviceCounters::new(1));
-        let mut server = Server::new(&disk, BOUNDS, &counters, (7, 0)).unwrap();
-        assert_eq!(server.answer(read(96, 1), &mut [0; 4096]), -libc::EIO);
-        assert_eq!(server.answer(read(1, 1), &mut [0; 4096]), 512);
-        assert_eq!(disk.workers.load(Ordering::Relaxed), 2);
-        let stats = counters.snapshot();
-        assert_eq!((stats.total().panics, stats.total().errors), (1, 1));
-        assert!(stats.last_error.unwrap().contains("sector 96 is cursed"));
-    }
-
-    #[test]
-    fn a_reader_that_cannot_be_replaced_fails_every_request() {
-        let (disk, counters) = (Fake { workers_max: 1, ..Fake::default() }, DeviceCounters::new(1));
-        let mut server = Server::new(&disk, BOUNDS, &counters, (7, 0)).unwrap();
-        for _ in 0..3 {
-            assert_eq!(server.answer(read(96, 1), &mut [0; 4096]), -libc::EIO);
-        }
-        assert_eq!(counters.snapshot().total().errors, 3);
-    }
-
-    #[test]
-    fn a_request_longer_than_the_tags_buffer_touches_nothing() {
-        let (disk, counters) = (Fake::default(), DeviceCounters::new(1));
-        let mut server = Server::new(&disk, BOUNDS, &counters, (7, 0)).unwrap();
-        let mut short = [0xee; 512];
-        assert_eq!(server.answer(read(0, 2), &mut short), -libc::EINVAL);
-        assert_eq!(short, [0xee; 512]);
-    }
-
-    #[test]
-    fn a_flush_succeeds_and_a_write_is_refused() {
-        let (disk, counters) = (Fake::default(), DeviceCounters::new(2));
-        let mut server = Server::new(&disk, BOUNDS, &counters, (7, 1)).unwrap();
-        assert_eq!(server.answer(ask(sys::UBLK_IO_OP_FLUSH, 0, 0), &mut [0; 4096]), 0);
-        assert_eq!(server.answer(ask(sys::UBLK_IO_OP_WRITE, 0, 1), &mut [0; 512]), -libc::EROFS);
-        let stats = counters.snapshot();
-        assert_eq!((stats.queues[1].requests, stats.queues[1].errors), (2, 1));
-        assert_eq!(stats.queues[0].requests, 0);
-    }
-
-    #[test]
-    fn a_queue_that_was_not_asked_for_is_not_served() {
-        let (disk, counters) = (Fake::default(), DeviceCounters::new(1));
-        let Err(error) = Server::new(&disk, BOUNDS, &counters, (7, 1)) else {
-            panic!("queue 1 of one queue is served");
-        };
-        assert_eq!(error.kind(), ErrorKind::Kernel);
-    }
-}
+mod tests;

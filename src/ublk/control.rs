@@ -116,7 +116,7 @@ impl Control {
     /// Tells the driver the parameters of device `id`.
     pub(super) fn set_params(&mut self, id: u32, params: &sys::ublk_params) -> Result<(), Refusal> {
         let mut params = Box::new(*params);
-        params.len = u32::try_from(size_of::<sys::ublk_params>()).unwrap_or(u32::MAX);
+        params.len = params_bytes();
         self.exchange(sys::UBLK_U_CMD_SET_PARAMS, id, params).map(drop)
     }
 
@@ -124,6 +124,26 @@ impl Control {
     pub(super) fn start(&mut self, id: u32) -> Result<(), Refusal> {
         let pid = u64::from(std::process::id());
         self.command(sys::UBLK_U_CMD_START_DEV, id, pid).map(drop)
+    }
+
+    /// The parameters of device `id`, as they were set.
+    pub(super) fn params(&mut self, id: u32) -> Result<sys::ublk_params, Refusal> {
+        let mut params = Box::new(sys::ublk_params::default());
+        params.len = params_bytes();
+        self.exchange(sys::UBLK_U_CMD_GET_PARAMS, id, params).map(|params| *params)
+    }
+
+    /// Begins to take device `id` over from a dead server: its queues are made ready for new
+    /// fetches. `EBUSY` until the kernel has noticed the death.
+    pub(super) fn start_recovery(&mut self, id: u32) -> Result<(), Refusal> {
+        self.command(sys::UBLK_U_CMD_START_USER_RECOVERY, id, 0).map(drop)
+    }
+
+    /// Ends the taking over: this process serves device `id`, and what waited comes to its queues.
+    /// Every tag must have been handed in.
+    pub(super) fn end_recovery(&mut self, id: u32) -> Result<(), Refusal> {
+        let pid = u64::from(std::process::id());
+        self.command(sys::UBLK_U_CMD_END_USER_RECOVERY, id, pid).map(drop)
     }
 
     /// Stops device `id`. Returns after requests in flight are answered and every queue thread was
@@ -248,6 +268,11 @@ fn command_bytes(command: &sys::ublksrv_ctrl_cmd) -> [u8; 80] {
         bytes.as_mut_ptr().cast::<sys::ublksrv_ctrl_cmd>().write_unaligned(*command);
     }
     bytes
+}
+
+/// The length of the driver's parameters as this program knows them.
+fn params_bytes() -> u32 {
+    u32::try_from(size_of::<sys::ublk_params>()).unwrap_or(u32::MAX)
 }
 
 fn new_ring() -> Result<IoUring<squeue::Entry128, cqueue::Entry>> {

@@ -1,26 +1,31 @@
 //! The life of one served device, on a thread of its own.
 //!
 //! ```text
-//!   caller --start--> device thread: ADD_DEV, params, queue threads, START_DEV, node
-//!          <-ready---                |
-//!          --stop--->                wait for "stop" or for the last queue to end
+//!   caller --start--> first thread:  ADD_DEV, params, queue threads, START_DEV, node
+//!          <-ready---                |   (or START_USER_RECOVERY, queue threads,
+//!                                    |    END_USER_RECOVERY: see `takeover`)
+//!          --stop---> second thread: wait for "stop" or for the last queue to end
 //!          <-gone----                STOP_DEV, queues end, DEL_DEV, number free
 //! ```
 //!
 //! The thread exists because ADD_DEV has no deadline in libublk and is known to hang for ever on
 //! some kernels: the caller waits with a deadline and leaves the thread behind. Everything that
-//! was made is undone in reverse on every path, so that a failed start leaves nothing.
+//! was made is undone in reverse on every path, so that a failed start leaves nothing. A failed
+//! takeover undoes nothing: the device belongs to its readers, and another server may try.
 //!
 //! A device may also be stopped from outside (`delete` by another process): then the queues end
 //! by themselves, and this thread deletes at once while it still holds the device open, which is
 //! what keeps the number from going to somebody else in between.
 
-use super::control::{COMMAND_TIMEOUT, Control, NUMBER_PATIENCE, Refusal};
+use super::control::{COMMAND_TIMEOUT, Control, DeviceInfo, NUMBER_PATIENCE, Refusal};
+use super::flush::Flusher;
+use super::host_lock::HostLock;
+use super::miss::Misses;
 use super::params::Shape;
 use super::queue::{self, TagBuffers, told};
 use super::request::Bounds;
 use super::stats::DeviceCounters;
-use super::{node, thread};
+use super::{node, params, takeover, thread};
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::to_usize;
@@ -38,6 +43,9 @@ const QUEUE_TIMEOUT: Duration = COMMAND_TIMEOUT;
 
 /// The pause between two attempts at a number that is about to be free.
 const POLL_PAUSE: Duration = Duration::from_millis(5);
+
+/// A device that waits for a new server when its server dies.
+const RECOVERABLE: u64 = (sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE) as u64;
 
 /// What the device thread is told.
 pub(super) enum Event {
@@ -70,6 +78,19 @@ pub(super) struct Started {
     pub(super) id: u32,
     pub(super) queues: u16,
     pub(super) depth: u16,
+    /// When the kernel had let go of the dead server, if the device was taken over from one.
+    pub(super) quiesced: Option<Instant>,
+    /// When requests began to flow.
+    pub(super) flowing: Instant,
+}
+
+/// How a device comes into this process.
+pub(super) enum Birth {
+    /// It is new: ADD_DEV, START_DEV.
+    New,
+    /// A dead server left it. Called when the kernel has let go of that server, before the first
+    /// step that cannot be taken back.
+    TakenOver(takeover::BeforeTakeover),
 }
 
 /// What the device thread needs.
@@ -77,50 +98,91 @@ pub(super) struct Plan<D: Disk> {
     pub(super) disk: Arc<D>,
     pub(super) shape: Shape,
     pub(super) params: sys::ublk_params,
+    pub(super) birth: Birth,
+    /// `None` for a read-only disk: nobody asks it to flush.
+    pub(super) flusher: Option<Arc<Flusher>>,
+    /// `None` for a disk that never waits.
+    pub(super) misses: Option<Arc<Misses<D>>>,
     pub(super) counters: Arc<DeviceCounters>,
     pub(super) events: (Sender<Event>, Receiver<Event>),
     pub(super) progress: Sender<Progress>,
+    pub(super) on_gone: Box<dyn Fn() + Send>,
 }
 
-/// The device thread, from nothing to nothing.
-pub(super) fn run<D: Disk>(plan: &Plan<D>) {
-    let outcome = thread::block_signals().and_then(|()| live(plan));
+/// A device that can be used.
+pub(super) struct Live {
+    pub(super) started: Started,
+    pub(super) threads: Vec<JoinHandle<TagBuffers>>,
+    pub(super) device: Arc<UblkDev>,
+}
+
+/// The first of the device's two threads: brings it up, and leaves it to the second. The kernel
+/// carries commands out on worker threads that stay with the thread that gave them and wake every
+/// five seconds: with two threads, an idle device has none.
+pub(super) fn run<D: Disk>(plan: Plan<D>) {
+    match thread::block_signals().and_then(|()| bring_to_life(&plan)) {
+        Err(error) => end(&plan, Err(error)),
+        Ok(live) => {
+            let name = "ublk-device".to_owned();
+            // Should there be no thread, the plan and with it the caller's hope are dropped, the
+            // queues go with the process, and the supervisor or the next attach clears the rest.
+            let spawned = std::thread::Builder::new().name(name).spawn(move || {
+                let outcome = serve_to_the_end(&plan, live);
+                end(&plan, outcome);
+            });
+            if let Err(error) = spawned {
+                tracing::error!(%error, "no thread for the device");
+            }
+        }
+    }
+}
+
+fn end<D: Disk>(plan: &Plan<D>, outcome: Result<()>) {
     // Nobody listens when the caller gave up; there is nobody left to tell.
     let _ = plan.progress.send(Progress::Gone(outcome));
+    (plan.on_gone)();
 }
 
-fn live<D: Disk>(plan: &Plan<D>) -> Result<()> {
+fn bring_to_life<D: Disk>(plan: &Plan<D>) -> Result<Live> {
     let mut control = Control::open()?;
+    if let Birth::TakenOver(before) = &plan.birth {
+        return takeover::take(plan, &mut control, before);
+    }
     let handle = add(&plan.shape, &mut control)?;
     let id = handle.dev_info().dev_id;
     if plan.progress.send(Progress::Added).is_err() {
-        return undo(plan, &mut control, id, Vec::new(), None);
+        let nobody = Error::new(ErrorKind::Canceled, "nobody waits for the device");
+        return Err(failed(nobody, undo(plan, &mut control, id, Vec::new(), None)));
     }
     let device = match open(&handle) {
         Ok(device) => Arc::new(device),
-        Err(error) => return failed(error, undo(plan, &mut control, id, Vec::new(), None)),
+        Err(error) => return Err(failed(error, undo(plan, &mut control, id, Vec::new(), None))),
     };
     let mut threads = Vec::new();
     let brought_up = bring_up(plan, &mut control, &handle, &device, &mut threads);
     drop(handle);
     match brought_up {
-        Err(error) => failed(error, undo(plan, &mut control, id, threads, Some(device))),
-        Ok(started) => {
-            // A caller that is gone wants no device.
-            if plan.progress.send(Progress::Usable(started)).is_ok() {
-                wait_for_the_end(plan, threads.len());
-            }
-            undo(plan, &mut control, id, threads, Some(device))
-        }
+        Err(error) => Err(failed(error, undo(plan, &mut control, id, threads, Some(device)))),
+        Ok(started) => Ok(Live { started, threads, device }),
     }
 }
 
+/// The life of a device that can be used, and its end.
+fn serve_to_the_end<D: Disk>(plan: &Plan<D>, live: Live) -> Result<()> {
+    let Live { started, threads, device } = live;
+    // A caller that is gone wants no device.
+    if plan.progress.send(Progress::Usable(started)).is_ok() {
+        wait_for_the_end(plan, threads.len());
+    }
+    undo(plan, &mut Control::open()?, started.id, threads, Some(device))
+}
+
 /// The error of a start that failed, with what could not be undone.
-fn failed(error: Error, undone: Result<()>) -> Result<()> {
-    Err(match undone {
+fn failed(error: Error, undone: Result<()>) -> Error {
+    match undone {
         Ok(()) => error,
         Err(left) => error.context(format!("could not clean up ({left:#}) after a failed start")),
-    })
+    }
 }
 
 /// ADD_DEV through libublk, whose queue code wants its own handle. The handle is told at once not
@@ -155,22 +217,24 @@ fn add(shape: &Shape, control: &mut Control) -> Result<UblkCtrl> {
 }
 
 fn try_add(shape: &Shape) -> Result<UblkCtrl> {
+    let _turn = HostLock::take()?;
     UblkCtrlBuilder::default()
         .name("obd")
         .id(shape.id.unwrap_or(-1))
         .nr_queues(shape.queues)
         .depth(shape.depth)
         .io_buf_bytes(shape.request_bytes)
-        // Recovery comes with its supervisor: without one, a dead server would leave readers in
-        // an uninterruptible wait for ever.
-        .ctrl_flags(0)
+        // Only with a supervisor: without one, a dead server would leave readers in an
+        // uninterruptible wait for ever. What was in flight is handed out again: reading twice
+        // harms nobody.
+        .ctrl_flags(if shape.recoverable { RECOVERABLE } else { 0 })
         .dev_flags(UblkFlags::UBLK_DEV_F_ADD_DEV)
         .build()
         .map_err(|error| told(&error, "ADD_DEV"))
 }
 
 /// Opens `/dev/ublkcN`; libublk waits 3 s for udev to allow it.
-fn open(handle: &UblkCtrl) -> Result<UblkDev> {
+pub(super) fn open(handle: &UblkCtrl) -> Result<UblkDev> {
     let path = handle.get_cdev_path();
     UblkDev::new("obd".to_owned(), |_| Ok(()), handle)
         .map_err(|_| Error::new(ErrorKind::Kernel, format!("{path} did not appear within 3 s")))
@@ -188,20 +252,39 @@ fn bring_up<D: Disk>(
     control
         .set_params(id, &plan.params)
         .map_err(|refusal| refusal.tell(&format!("SET_PARAMS of device {id}")))?;
+    let buffers = buffers_of(&info)?;
+    start_queues(plan, handle, device, buffers, threads)?;
+    let turn = HostLock::take()?;
+    control.start(id).map_err(|refusal| refusal.tell(&format!("START_DEV of device {id}")))?;
+    drop(turn);
+    node::wait_usable(id)?;
+    let (queues, depth) = (info.nr_hw_queues, info.queue_depth);
+    Ok(Started { id, queues, depth, quiesced: None, flowing: Instant::now() })
+}
+
+/// The tag buffers of every queue of a device.
+pub(super) fn buffers_of(info: &DeviceInfo) -> Result<Vec<TagBuffers>> {
     let buffer_bytes = to_usize(u64::from(info.max_io_buf_bytes)).unwrap_or(0);
     let buffers =
         (0..info.nr_hw_queues).map(|_| queue::tag_buffers(info.queue_depth, buffer_bytes));
-    let buffers = buffers.collect::<Result<Vec<_>>>()?;
-    let masks = queue_masks(handle, info.nr_hw_queues);
+    buffers.collect()
+}
+
+/// Starts the queue threads and returns once each has handed in its tags.
+pub(super) fn start_queues<D: Disk>(
+    plan: &Plan<D>,
+    handle: &UblkCtrl,
+    device: &Arc<UblkDev>,
+    buffers: Vec<TagBuffers>,
+    threads: &mut Vec<JoinHandle<TagBuffers>>,
+) -> Result<()> {
+    let masks = queue_masks(handle, device.dev_info.nr_hw_queues);
     let spawned = (0_u16..).zip(masks.into_iter().zip(buffers)).try_for_each(|(index, given)| {
         threads.push(spawn_queue(plan, device, index, given)?);
         Ok(())
     });
     // Also after a failure: STOP_DEV only reaches tags that have been handed in.
-    wait_settled(plan, threads.len()).and(spawned)?;
-    control.start(id).map_err(|refusal| refusal.tell(&format!("START_DEV of device {id}")))?;
-    node::wait_usable(id)?;
-    Ok(Started { id, queues: info.nr_hw_queues, depth: info.queue_depth })
+    wait_settled(plan, threads.len()).and(spawned)
 }
 
 /// The processors whose requests come to each queue: where its thread is at home. Empty (anywhere)
@@ -245,7 +328,10 @@ fn spawn_queue<D: Disk>(
     let bounds = Bounds {
         sectors: plan.params.basic.dev_sectors,
         buffer_bytes: buffers.first().map_or(0, |buffer| buffer.len()),
+        read_only: plan.flusher.is_none(),
+        zeroes_sectors_max: params::zeroes_sectors_max(&plan.params),
     };
+    let (flusher, misses) = (plan.flusher.clone(), plan.misses.clone());
     let name = format!("ublk{}q{queue_index}", device.dev_info.dev_id);
     let serve = move || {
         let mut guard = EndGuard { events: events.clone(), was_ready: false, error: None };
@@ -256,8 +342,10 @@ fn spawn_queue<D: Disk>(
             cpus: &cpus,
             counters: &counters,
             bounds,
+            flushes: flusher.as_ref().and_then(|flusher| flusher.desk(queue_index)),
+            misses: misses.as_ref().and_then(|misses| misses.desk(queue_index)),
         };
-        let served = queue::serve(&setup, &mut buffers, || {
+        let served = queue::serve(setup, &mut buffers, || {
             guard.was_ready = true;
             let _ = events.send(Event::Ready);
         });
@@ -343,6 +431,8 @@ fn undo<D: Disk>(
     threads: Vec<JoinHandle<TagBuffers>>,
     device: Option<Arc<UblkDev>>,
 ) -> Result<()> {
+    // The kernel waits for what is in flight, which may wait for a registry.
+    plan.disk.cancel();
     let stopped = match control.stop(id) {
         Ok(()) | Err(Refusal::Errno(libc::ENODEV)) => Ok(()),
         Err(refusal) => Err(refusal.tell(&format!("STOP_DEV of device {id}"))),
@@ -353,12 +443,15 @@ fn undo<D: Disk>(
         let buffers: Vec<_> = threads.into_iter().map(JoinHandle::join).collect();
         drop(buffers);
     }
-    let deleted = match control.delete(id) {
+    // When the queues are gone, so are those that could be told of a flush.
+    let flushed = plan.flusher.as_ref().map_or(Ok(()), |flusher| flusher.end(QUEUE_TIMEOUT));
+    let read = plan.misses.as_ref().map_or(Ok(()), |misses| misses.end(QUEUE_TIMEOUT));
+    let deleted = match HostLock::take().map(|_turn| control.delete(id))? {
         Ok(()) | Err(Refusal::Errno(libc::ENODEV)) => Ok(()),
         Err(refusal) => Err(refusal.tell(&format!("DEL_DEV of device {id}"))),
     };
     drop(device);
-    stopped.and(ended).and(deleted)?;
+    stopped.and(ended).and(flushed).and(read).and(deleted)?;
     if !control.wait_free(id) {
         tracing::info!(dev_id = id, "the number is taken until the last opener closes the device");
     }

@@ -130,15 +130,23 @@ fn known_bugs(release: &str) -> Vec<&'static str> {
              011af85ccd87)",
         );
     }
-    let lost_wakeup =
-        (major, minor, patch) == (6, 18, 40) || ((major, minor) == (7, 0) && patch <= 14);
-    if lost_wakeup {
+    if loses_wakeups((major, minor, patch)) {
         bugs.push(
             "a lost wake-up of io_uring's workers hangs ADD_DEV or START_DEV when many devices \
              come and go at once (seen on 6.18.40 and 7.0.0 to 7.0.14)",
         );
     }
     bugs
+}
+
+/// Whether commands that overlap may hang on this kernel: then they take turns.
+pub(super) fn needs_one_command_at_a_time() -> bool {
+    version_of(&kernel_release()).is_some_and(loses_wakeups)
+}
+
+fn loses_wakeups(version: (u32, u32, u32)) -> bool {
+    let (major, minor, patch) = version;
+    version == (6, 18, 40) || ((major, minor) == (7, 0) && patch <= 14)
 }
 
 /// Major, minor and patch of a release such as `6.12.117+deb12-cloud-amd64`.

@@ -11,7 +11,8 @@
 //! The server starts and stops devices here; the command line lists and deletes them. A read
 //! comes in on the queue thread that the kernel chose for the reader's processor, is served there
 //! by that thread's [`Worker`](crate::disk::Worker) straight into the request's buffer, and its
-//! answer leaves with those of the whole batch in one system call. Critical path: `queue::run`.
+//! answer leaves with those of the whole batch in one system call. Critical path: `queue::run`. A
+//! write is served the same way; flushes go to one thread per device, see `flush.rs`.
 //!
 //! libublk is hidden behind this module; no type of it appears in a signature. It gives us
 //! ADD_DEV, the queue's descriptors and the fetch/commit commands. Its other control commands are
@@ -26,11 +27,16 @@ mod answer;
 mod control;
 mod device;
 mod features;
+mod flush;
+mod host_lock;
+mod miss;
 mod node;
+mod outbox;
 mod params;
 mod queue;
 mod request;
 mod stats;
+mod takeover;
 mod thread;
 
 pub use features::{Facts, LIBUBLK_VERSION, features};
@@ -39,13 +45,17 @@ pub use stats::{DeviceStats, QueueStats};
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::REQUEST_BYTES_MAX;
+use crate::telemetry::trouble::TroubleRing;
 use control::{COMMAND_TIMEOUT, Control, Refusal};
-use device::{Event, Plan, Progress, Started};
+use device::{Birth, Event, Plan, Progress, Started};
+use flush::Flusher;
+use host_lock::HostLock;
 use libublk::sys;
+use miss::Misses;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What the caller may choose about a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,12 +68,38 @@ pub struct DeviceOptions {
     pub depth: u16,
     /// Largest request in bytes, a multiple of 4096.
     pub request_bytes: u32,
+    /// Whether the device outlives this process, for another to [take over](Device::take_over).
+    /// Readers wait for that one, for ever if nobody comes.
+    pub recoverable: bool,
 }
 
 impl Default for DeviceOptions {
     fn default() -> Self {
         let depth = params::QUEUE_DEPTH_DEFAULT;
-        Self { id: None, queues: None, depth, request_bytes: REQUEST_BYTES_MAX }
+        let request_bytes = REQUEST_BYTES_MAX;
+        Self { id: None, queues: None, depth, request_bytes, recoverable: false }
+    }
+}
+
+/// Who hears of a device: of its end, and of each request that failed or was slow.
+pub struct Watch {
+    /// Called, on another thread, when the device is over for whatever reason.
+    pub on_gone: Box<dyn Fn() + Send>,
+    /// Where failed and slow requests are recorded, if anywhere.
+    pub trouble_ring: Option<Arc<TroubleRing>>,
+}
+
+impl std::fmt::Debug for Watch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Watch({:?})", self.trouble_ring)
+    }
+}
+
+impl Watch {
+    /// Nobody.
+    #[must_use]
+    pub fn nobody() -> Self {
+        Self { on_gone: Box::new(|| {}), trouble_ring: None }
     }
 }
 
@@ -84,33 +120,91 @@ impl Device {
     ///
     /// # Errors
     /// `Usage` for an option outside its limits, `Busy` for a number in use, `Unsupported` for a
-    /// host without the driver or a writable disk, `Timeout` when the kernel does not answer,
+    /// host without the driver or a disk it cannot have, `Timeout` when the kernel does not answer,
     /// `Kernel` for its other refusals, and what [`Disk::worker`] says. Nothing is left in the
     /// kernel, unless the error says that it could not be cleaned up.
-    pub fn start<D: Disk>(disk: Arc<D>, options: &DeviceOptions) -> Result<Self> {
-        Self::try_start(disk, options).map_err(|error| error.context("start a ublk device"))
+    pub fn start<D: Disk>(disk: Arc<D>, options: &DeviceOptions, watch: Watch) -> Result<Self> {
+        let started = Self::try_start(disk, options, watch);
+        started.map_err(|error| error.context("start a ublk device"))
     }
 
-    fn try_start<D: Disk>(disk: Arc<D>, options: &DeviceOptions) -> Result<Self> {
+    fn try_start<D: Disk>(disk: Arc<D>, options: &DeviceOptions, watch: Watch) -> Result<Self> {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         let shape = params::shape(options, cpus)?;
         let params = params::kernel_params(&disk.geometry(), shape.request_bytes)?;
-        let counters = Arc::new(stats::DeviceCounters::new(shape.queues));
+        Self::spawn(disk, shape, params, Birth::New, watch)
+    }
+
+    /// Takes device `id` over from a server that died or is about to: waits until the kernel has
+    /// let go of that one, calls `before`, and returns once requests flow again. Blocks for some
+    /// milliseconds, or up to a deadline.
+    ///
+    /// # Errors
+    /// `NotFound`, `Kernel` for a device that cannot be taken over, `Corrupt` when `disk` is not of
+    /// the announced size, `Timeout`, what `before` and [`Disk::worker`] say. The device stays as
+    /// it is then, and **this process must end** before another can try.
+    pub fn take_over<D: Disk>(
+        disk: Arc<D>,
+        id: u32,
+        before: impl Fn() -> Result<()> + Send + 'static,
+        watch: Watch,
+    ) -> Result<Self> {
+        let taken = || {
+            let (info, params) = apart(move || {
+                let mut control = Control::open()?;
+                let told = |what| move |refusal: Refusal| refusal.tell(&format!("{what} of {id}"));
+                let info = control.info(id).map_err(told("GET_DEV_INFO"))?;
+                Ok((info, control.params(id).map_err(told("GET_PARAMS"))?))
+            })?;
+            params::check_same_disk(&disk.geometry(), &params)?;
+            let shape = params::shape_of(&info)?;
+            Self::spawn(disk, shape, params, Birth::TakenOver(Box::new(before)), watch)
+        };
+        taken().map_err(|error| error.context(format!("take over ublk device {id}")))
+    }
+
+    fn spawn<D: Disk>(
+        disk: Arc<D>,
+        shape: params::Shape,
+        params: sys::ublk_params,
+        birth: Birth,
+        watch: Watch,
+    ) -> Result<Self> {
+        let first_step = match birth {
+            Birth::New => (COMMAND_TIMEOUT, "ADD_DEV"),
+            Birth::TakenOver(_) => (takeover::PATIENCE * 2, "the takeover"),
+        };
+        let counters =
+            stats::DeviceCounters::new(shape.queues).with_trouble_ring(watch.trouble_ring);
+        let counters = Arc::new(counters);
+        let flusher = match params.basic.attrs & sys::UBLK_ATTR_READ_ONLY {
+            0 => Some(Arc::new(Flusher::start(Arc::clone(&disk), shape.queues, shape.depth)?)),
+            _ => None,
+        };
+        let misses = match disk.may_wait() {
+            true => Some(Arc::new(Misses::new(Arc::clone(&disk), shape.queues, shape.depth)?)),
+            false => None,
+        };
         let (tell, progress) = channel();
         let (events, inbox) = channel();
         let plan = Plan {
             disk,
             shape,
             params,
+            birth,
+            flusher,
+            misses,
             counters: Arc::clone(&counters),
             events: (events.clone(), inbox),
             progress: tell,
+            on_gone: watch.on_gone,
         };
-        let thread = std::thread::Builder::new().name("ublk-device".to_owned());
+        let thread = std::thread::Builder::new().name("ublk-start".to_owned());
         thread
-            .spawn(move || device::run(&plan))
+            .spawn(move || device::run(plan))
             .map_err(|error| Error::io("start the device thread", &error))?;
-        let started = wait_started(&progress)?;
+        let (patience, step) = first_step;
+        let started = wait_started(&progress, patience, step)?;
         Ok(Self { started, counters, events, progress, gone: None })
     }
 
@@ -136,6 +230,25 @@ impl Device {
     #[must_use]
     pub fn depth(&self) -> u16 {
         self.started.depth
+    }
+
+    /// When the kernel had let go of the dead server, if the device was taken over.
+    #[must_use]
+    pub fn quiesced(&self) -> Option<Instant> {
+        self.started.quiesced
+    }
+
+    /// When requests began to flow to this process.
+    #[must_use]
+    pub fn flowing(&self) -> Instant {
+        self.started.flowing
+    }
+
+    /// Leaves the device as it is, for another process to take over: nothing is stopped, and this
+    /// process goes on serving until it ends, which should be at once.
+    pub fn abandon(self) {
+        // Dropping would stop it.
+        std::mem::forget(self);
     }
 
     /// What the device has done so far. Costs the queues nothing.
@@ -193,8 +306,11 @@ impl Drop for Device {
 
 /// Waits for the device thread to bring the device up. Only ADD_DEV needs this deadline: all
 /// later steps have their own and always report.
-fn wait_started(progress: &Receiver<Progress>) -> Result<Started> {
-    let mut patience = COMMAND_TIMEOUT;
+fn wait_started(
+    progress: &Receiver<Progress>,
+    mut patience: Duration,
+    first: &str,
+) -> Result<Started> {
     loop {
         match progress.recv_timeout(patience) {
             Ok(Progress::Added) => patience = COMMAND_TIMEOUT * 10,
@@ -204,7 +320,7 @@ fn wait_started(progress: &Receiver<Progress>) -> Result<Started> {
                 return Err(Error::new(ErrorKind::Canceled, "the device was deleted at once"));
             }
             // The thread stays behind; should ADD_DEV end after all, it cleans up.
-            Err(RecvTimeoutError::Timeout) => return Err(Refusal::Deadline.tell("ADD_DEV")),
+            Err(RecvTimeoutError::Timeout) => return Err(Refusal::Deadline.tell(first)),
             Err(RecvTimeoutError::Disconnected) => return Err(thread_died()),
         }
     }
@@ -272,11 +388,37 @@ impl KernelDevice {
     }
 }
 
+/// Whether this process can make devices on this host.
+///
+/// # Errors
+/// `Unsupported` when the driver is not loaded, saying how to get it; `Kernel` when it, or
+/// io_uring, cannot be used by this process.
+pub fn check() -> Result<()> {
+    Control::open().map(drop)
+}
+
+/// Whether a takeover that died half-way can be tried again on this kernel. If not, the device must
+/// be deleted.
+#[must_use]
+pub fn repeats_takeovers() -> bool {
+    takeover::host_repeats()
+}
+
 /// All ublk devices of this host, by id. None when the driver is not loaded.
 ///
 /// # Errors
 /// `Kernel` when the driver cannot be asked.
 pub fn list() -> Result<Vec<KernelDevice>> {
+    apart(list_here)
+}
+
+/// See [`thread::apart`].
+fn apart<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    let lost = || Error::new(ErrorKind::Kernel, "no thread for a command, or it panicked");
+    thread::apart(work).unwrap_or_else(|| Err(lost()))
+}
+
+fn list_here() -> Result<Vec<KernelDevice>> {
     let ids = control::device_ids()?;
     if ids.is_empty() {
         return Ok(Vec::new());
@@ -300,19 +442,22 @@ pub fn list() -> Result<Vec<KernelDevice>> {
 /// # Errors
 /// `NotFound`, or `Timeout`/`Kernel` when the kernel does not let go within the deadline.
 pub fn delete(id: u32) -> Result<()> {
-    try_delete(id).map_err(|error| error.context(format!("delete ublk device {id}")))
+    apart(move || try_delete(id)).map_err(|error| error.context(format!("delete ublk device {id}")))
 }
 
 fn try_delete(id: u32) -> Result<()> {
     let mut control = Control::open()?;
     control.info(id).map_err(|refusal| refusal.tell(&format!("GET_DEV_INFO of device {id}")))?;
-    for (step, outcome) in [("STOP_DEV", control.stop(id)), ("DEL_DEV", control.delete(id))] {
+    let stopped = control.stop(id);
+    let turn = HostLock::take()?;
+    for (step, outcome) in [("STOP_DEV", stopped), ("DEL_DEV", control.delete(id))] {
         match outcome {
             // Somebody else having finished the job first is success.
             Ok(()) | Err(Refusal::Errno(libc::ENODEV)) => {}
             Err(refusal) => return Err(refusal.tell(&format!("{step} of device {id}"))),
         }
     }
+    drop(turn);
     control.wait_free(id);
     Ok(())
 }

@@ -8,6 +8,7 @@ use crate::disk::Geometry;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{
     QUEUE_COUNT_MAX, QUEUE_DEPTH_MAX, REQUEST_BYTES_MAX, TAG_BUFFER_BYTES_MAX, VIRTUAL_SECTORS_MAX,
+    ZEROES_SECTORS_MAX,
 };
 use crate::units::whole_sectors;
 use libublk::sys;
@@ -36,6 +37,8 @@ pub(super) struct Shape {
     pub(super) depth: u16,
     /// Largest request.
     pub(super) request_bytes: u32,
+    /// Whether the device outlives its server, for another to take over.
+    pub(super) recoverable: bool,
 }
 
 /// The checked shape of a device on a machine with `cpus` processors.
@@ -63,7 +66,8 @@ pub(super) fn shape(options: &DeviceOptions, cpus: usize) -> Result<Shape> {
     if buffers > TAG_BUFFER_BYTES_MAX {
         return Err(out_of("queues x depth x request_bytes", buffers, "1", TAG_BUFFER_BYTES_MAX));
     }
-    Ok(Shape { id, queues, depth: options.depth, request_bytes: bytes })
+    let recoverable = options.recoverable;
+    Ok(Shape { id, queues, depth: options.depth, request_bytes: bytes, recoverable })
 }
 
 fn out_of(
@@ -76,15 +80,28 @@ fn out_of(
     Error::new(ErrorKind::Usage, message)
 }
 
-/// The kernel's parameters of a read-only disk.
+/// What a device's attributes say of writing: a disk that can be written has a volatile cache and
+/// knows writes that are durable when they are answered.
+const WRITING: u32 = sys::UBLK_ATTR_READ_ONLY | WRITABLE;
+const WRITABLE: u32 = sys::UBLK_ATTR_VOLATILE_CACHE | sys::UBLK_ATTR_FUA;
+
+/// The unit of discards where the disk has none: the driver wants one that is not 0, and nothing
+/// comes of it.
+const DISCARD_BYTES_DEFAULT: u32 = 4096;
+
+/// Ways for data that leave the tag's buffer to us; we only know the driver's own copying, which
+/// has a write's data in the buffer before the request is seen.
+const OTHER_DATA_PATHS: u64 = (sys::UBLK_F_NEED_GET_DATA
+    | sys::UBLK_F_USER_COPY
+    | sys::UBLK_F_SUPPORT_ZERO_COPY
+    | sys::UBLK_F_AUTO_BUF_REG) as u64;
+
+/// The kernel's parameters of a disk. Read-ahead follows from `io_opt`; no zoning.
 ///
-/// Read-only and no volatile cache ("write through" in sysfs), so the kernel never flushes; no
-/// discard, no zoning. Read-ahead follows from `io_opt`.
+/// A read-only disk has no volatile cache ("write through" in sysfs), so the kernel never flushes,
+/// and no discard. A writable one has a cache ("write back"), durable writes, writes of zeros, and
+/// discards if it gives the space back.
 pub(super) fn kernel_params(geometry: &Geometry, request_bytes: u32) -> Result<sys::ublk_params> {
-    if !geometry.read_only {
-        let message = "writable disks cannot be served as block devices yet";
-        return Err(Error::new(ErrorKind::Unsupported, message));
-    }
     if geometry.sectors == 0 || geometry.sectors > VIRTUAL_SECTORS_MAX {
         return Err(Error::new(
             ErrorKind::Unsupported,
@@ -94,10 +111,12 @@ pub(super) fn kernel_params(geometry: &Geometry, request_bytes: u32) -> Result<s
     let optimal_bytes = geometry.optimal_io_bytes.clamp(4096, request_bytes.max(4096));
     let io_opt_shift = u8::try_from(optimal_bytes.ilog2()).unwrap_or(12);
     let max_sectors = u32::try_from(whole_sectors(u64::from(request_bytes))).unwrap_or(u32::MAX);
+    let discard = discard_params(geometry);
+    let types = if geometry.read_only { 0 } else { sys::UBLK_PARAM_TYPE_DISCARD };
     Ok(sys::ublk_params {
-        types: sys::UBLK_PARAM_TYPE_BASIC,
+        types: sys::UBLK_PARAM_TYPE_BASIC | types,
         basic: sys::ublk_param_basic {
-            attrs: sys::UBLK_ATTR_READ_ONLY,
+            attrs: if geometry.read_only { sys::UBLK_ATTR_READ_ONLY } else { WRITABLE },
             logical_bs_shift: 9,
             physical_bs_shift: 12,
             io_opt_shift,
@@ -106,8 +125,84 @@ pub(super) fn kernel_params(geometry: &Geometry, request_bytes: u32) -> Result<s
             dev_sectors: geometry.sectors,
             ..Default::default()
         },
+        discard,
         ..Default::default()
     })
+}
+
+/// What a disk announces of discards and writes of zeros; zeros of a read-only one.
+fn discard_params(geometry: &Geometry) -> sys::ublk_param_discard {
+    if geometry.read_only {
+        return sys::ublk_param_discard::default();
+    }
+    let wished = geometry.discard_granularity_bytes;
+    let is_unit = |bytes: &u32| bytes.is_power_of_two() && *bytes >= 512;
+    sys::ublk_param_discard {
+        discard_granularity: wished.filter(is_unit).unwrap_or(DISCARD_BYTES_DEFAULT),
+        max_discard_sectors: wished.map_or(0, |_| ZEROES_SECTORS_MAX),
+        max_write_zeroes_sectors: ZEROES_SECTORS_MAX,
+        // The driver knows no more.
+        max_discard_segments: 1,
+        ..Default::default()
+    }
+}
+
+/// The longest discard or write of zeros of a device that was announced with `params`.
+pub(super) fn zeroes_sectors_max(params: &sys::ublk_params) -> u32 {
+    if params.types & sys::UBLK_PARAM_TYPE_DISCARD == 0 {
+        return 0;
+    }
+    params.discard.max_discard_sectors.max(params.discard.max_write_zeroes_sectors)
+}
+
+/// The shape of a device that exists, from what the kernel says about it.
+///
+/// # Errors
+/// `Unsupported` for a device that this program would not have made.
+pub(super) fn shape_of(info: &sys::ublksrv_ctrl_dev_info) -> Result<Shape> {
+    if info.flags & OTHER_DATA_PATHS != 0 {
+        let message = format!("device flags {:#x}: the data takes ways not ours", info.flags);
+        return Err(Error::new(ErrorKind::Unsupported, message));
+    }
+    let options = DeviceOptions {
+        id: Some(info.dev_id),
+        queues: Some(info.nr_hw_queues),
+        depth: info.queue_depth,
+        request_bytes: info.max_io_buf_bytes,
+        recoverable: true,
+    };
+    // Processors may have gone since: the kernel's number of queues stays.
+    shape(&options, usize::MAX).map_err(|error| {
+        Error::new(ErrorKind::Unsupported, format!("the kernel's device is not ours: {error}"))
+    })
+}
+
+/// Whether a disk of `geometry` may go on as the device that was announced with `params`.
+///
+/// # Errors
+/// `Corrupt` when the size or the mode differ: the image is not the one that was attached.
+/// `Unsupported` when more was announced than this program does, or less than it needs: without a
+/// volatile cache, nobody would ever flush.
+pub(super) fn check_same_disk(geometry: &Geometry, params: &sys::ublk_params) -> Result<()> {
+    let read_only = params.basic.attrs & sys::UBLK_ATTR_READ_ONLY != 0;
+    if (params.basic.dev_sectors, read_only) == (geometry.sectors, geometry.read_only) {
+        let (attrs, zeroes) = (params.basic.attrs & WRITING, zeroes_sectors_max(params));
+        let as_we_would = if read_only { sys::UBLK_ATTR_READ_ONLY } else { WRITABLE };
+        if attrs == as_we_would && zeroes <= ZEROES_SECTORS_MAX {
+            return Ok(());
+        }
+        let message = format!(
+            "the device was announced with attributes {attrs:#x} and {zeroes} sectors to be zeroed \
+             at most: expected {as_we_would:#x} and {ZEROES_SECTORS_MAX}"
+        );
+        return Err(Error::new(ErrorKind::Unsupported, message));
+    }
+    let message = format!(
+        "the device was announced with {} sectors (read-only: {read_only}), the image has {} \
+         (read-only: {}): it is not the image that was attached",
+        params.basic.dev_sectors, geometry.sectors, geometry.read_only
+    );
+    Err(Error::new(ErrorKind::Corrupt, message))
 }
 
 #[cfg(test)]
@@ -118,10 +213,21 @@ mod tests {
         DeviceOptions::default()
     }
 
+    fn read_only(sectors: u64) -> Geometry {
+        let (optimal_io_bytes, discard_granularity_bytes) = (4096, None);
+        Geometry { sectors, read_only: true, optimal_io_bytes, discard_granularity_bytes }
+    }
+
     #[test]
     fn the_defaults_are_valid_on_any_machine() {
         for (cpus, queues) in [(0, 1), (1, 1), (2, 2), (4096, 2)] {
-            let expected = Shape { id: None, queues, depth: 128, request_bytes: 512 * 1024 };
+            let expected = Shape {
+                id: None,
+                queues,
+                depth: 128,
+                request_bytes: 512 * 1024,
+                recoverable: false,
+            };
             assert_eq!(shape(&options(), cpus).unwrap(), expected, "{cpus} processors");
         }
     }
@@ -154,7 +260,7 @@ mod tests {
 
     #[test]
     fn a_read_only_disk_says_so_and_claims_no_cache_and_no_discard() {
-        let geometry = Geometry { sectors: 4097, read_only: true, optimal_io_bytes: 65536 };
+        let geometry = Geometry { optimal_io_bytes: 65536, ..read_only(4097) };
         let params = kernel_params(&geometry, 512 * 1024).unwrap();
         assert_eq!(params.types, sys::UBLK_PARAM_TYPE_BASIC);
         assert_eq!(params.basic.attrs, sys::UBLK_ATTR_READ_ONLY);
@@ -162,12 +268,75 @@ mod tests {
         assert_eq!((params.basic.io_min_shift, params.basic.io_opt_shift), (12, 16));
     }
 
+    fn writable(discard_granularity_bytes: Option<u32>) -> Geometry {
+        Geometry { read_only: false, discard_granularity_bytes, ..read_only(4097) }
+    }
+
+    #[test]
+    fn a_writable_disk_announces_its_cache_durable_writes_and_what_it_discards() {
+        let most = ZEROES_SECTORS_MAX;
+        for (wished, unit, discard) in [
+            (None, 4096, 0),
+            (Some(512), 512, most),
+            (Some(65536), 65536, most),
+            // Whatever a disk says, the driver gets a unit that it takes.
+            (Some(0), 4096, most),
+            (Some(5000), 4096, most),
+        ] {
+            let params = kernel_params(&writable(wished), 4096).unwrap();
+            assert_eq!(params.types, sys::UBLK_PARAM_TYPE_BASIC | sys::UBLK_PARAM_TYPE_DISCARD);
+            let attrs = sys::UBLK_ATTR_VOLATILE_CACHE | sys::UBLK_ATTR_FUA;
+            assert_eq!(params.basic.attrs, attrs);
+            let told = params.discard;
+            assert_eq!((told.discard_granularity, told.max_discard_sectors), (unit, discard));
+            assert_eq!((told.max_write_zeroes_sectors, told.max_discard_segments), (most, 1));
+            assert_eq!(zeroes_sectors_max(&params), most);
+        }
+        let params = kernel_params(&read_only(8), 4096).unwrap();
+        assert_eq!(zeroes_sectors_max(&params), 0);
+    }
+
+    #[test]
+    fn a_writable_device_is_only_taken_over_as_it_would_be_announced() {
+        let geometry = writable(Some(4096));
+        let params = kernel_params(&geometry, 4096).unwrap();
+        assert!(check_same_disk(&geometry, &params).is_ok());
+        assert!(check_same_disk(&writable(None), &params).is_ok(), "discards write zeros");
+        let mut no_cache = params;
+        no_cache.basic.attrs = 0;
+        let mut no_fua = params;
+        no_fua.basic.attrs = sys::UBLK_ATTR_VOLATILE_CACHE;
+        let mut longer = params;
+        longer.discard.max_write_zeroes_sectors += 1;
+        for odd in [no_cache, no_fua, longer] {
+            let error = check_same_disk(&geometry, &odd).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unsupported, "{odd:?}");
+        }
+        let error = check_same_disk(&read_only(4097), &params).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+    }
+
+    #[test]
+    fn a_device_whose_data_takes_another_way_is_not_ours() {
+        let info = sys::ublksrv_ctrl_dev_info {
+            nr_hw_queues: 1,
+            queue_depth: 16,
+            max_io_buf_bytes: 65536,
+            ..Default::default()
+        };
+        assert!(shape_of(&info).is_ok());
+        for flag in [2, 7, 0, 11] {
+            let odd = sys::ublksrv_ctrl_dev_info { flags: 1 << flag, ..info };
+            assert_eq!(shape_of(&odd).unwrap_err().kind(), ErrorKind::Unsupported, "{flag}");
+        }
+    }
+
     #[test]
     fn the_optimal_size_stays_between_a_page_and_a_request() {
         for (optimal_io_bytes, request_bytes, shift) in
             [(0, 4096, 12), (65536, 4096, 12), (4096, 524_288, 12), (1 << 24, 524_288, 19)]
         {
-            let geometry = Geometry { sectors: 8, read_only: true, optimal_io_bytes };
+            let geometry = Geometry { optimal_io_bytes, ..read_only(8) };
             let params = kernel_params(&geometry, request_bytes).unwrap();
             assert_eq!(params.basic.io_opt_shift, shift, "{optimal_io_bytes}");
         }
@@ -175,10 +344,36 @@ mod tests {
 
     #[test]
     fn disks_that_cannot_be_served_are_refused() {
-        for (sectors, read_only) in [(8, false), (0, true), (VIRTUAL_SECTORS_MAX + 1, true)] {
-            let geometry = Geometry { sectors, read_only, optimal_io_bytes: 4096 };
-            let error = kernel_params(&geometry, 4096).unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::Unsupported, "{sectors} {read_only}");
+        for sectors in [0, VIRTUAL_SECTORS_MAX + 1] {
+            let error = kernel_params(&read_only(sectors), 4096).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unsupported, "{sectors}");
+        }
+    }
+
+    #[test]
+    fn a_device_is_taken_over_with_the_shape_and_the_size_it_was_made_with() {
+        let info = sys::ublksrv_ctrl_dev_info {
+            dev_id: 7,
+            nr_hw_queues: 3,
+            queue_depth: 16,
+            max_io_buf_bytes: 65536,
+            ..Default::default()
+        };
+        let shape = shape_of(&info).unwrap();
+        assert_eq!((shape.id, shape.queues, shape.depth), (Some(7), 3, 16));
+        assert_eq!((shape.request_bytes, shape.recoverable), (65536, true));
+        let odd = sys::ublksrv_ctrl_dev_info { max_io_buf_bytes: 32 << 20, ..info };
+        assert_eq!(shape_of(&odd).unwrap_err().kind(), ErrorKind::Unsupported);
+
+        let geometry = read_only(100);
+        let params = kernel_params(&geometry, 65536).unwrap();
+        assert!(check_same_disk(&geometry, &params).is_ok());
+        for other in [
+            Geometry { sectors: 101, ..geometry.clone() },
+            Geometry { read_only: false, ..geometry.clone() },
+        ] {
+            let error = check_same_disk(&other, &params).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Corrupt, "{other:?}");
         }
     }
 }

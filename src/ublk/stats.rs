@@ -2,11 +2,11 @@
 //!
 //! Each queue's counters have one writer and lie in cache lines of their own, so that counting
 //! costs a plain add and no reader slows a queue down. Only a failed request takes a lock, to
-//! leave its text.
+//! leave its text. The trouble ring, which keeps more of them and longer, comes along.
 
-use std::sync::Mutex;
-use std::sync::PoisonError;
+use crate::telemetry::trouble::TroubleRing;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// What one queue has done since the device was started. Read while the queue runs, the numbers
 /// are each exact but not of the same instant.
@@ -16,9 +16,17 @@ pub struct QueueStats {
     pub requests: u64,
     /// Bytes of reads that succeeded.
     pub read_bytes: u64,
+    /// Writes that succeeded.
+    pub writes: u64,
+    /// Bytes of those.
+    pub written_bytes: u64,
+    /// Flushes that succeeded, those of writes that had to be durable included.
+    pub flushes: u64,
+    /// Discards and writes of zeros that succeeded.
+    pub discards: u64,
     /// Requests answered with an error.
     pub errors: u64,
-    /// Reads that failed because the reader panicked; also counted in `errors`.
+    /// Requests that failed because the worker panicked; also counted in `errors`.
     pub panics: u64,
     /// Calls of `io_uring_enter`: with `requests` the size of a batch.
     pub enters: u64,
@@ -40,6 +48,10 @@ impl DeviceStats {
         self.queues.iter().fold(QueueStats::default(), |sum, queue| QueueStats {
             requests: sum.requests + queue.requests,
             read_bytes: sum.read_bytes + queue.read_bytes,
+            writes: sum.writes + queue.writes,
+            written_bytes: sum.written_bytes + queue.written_bytes,
+            flushes: sum.flushes + queue.flushes,
+            discards: sum.discards + queue.discards,
             errors: sum.errors + queue.errors,
             panics: sum.panics + queue.panics,
             enters: sum.enters + queue.enters,
@@ -53,6 +65,10 @@ impl DeviceStats {
 pub(super) struct QueueCounters {
     pub(super) requests: Counter,
     pub(super) read_bytes: Counter,
+    pub(super) writes: Counter,
+    pub(super) written_bytes: Counter,
+    pub(super) flushes: Counter,
+    pub(super) discards: Counter,
     pub(super) errors: Counter,
     pub(super) panics: Counter,
     pub(super) enters: Counter,
@@ -69,6 +85,11 @@ impl Counter {
         self.0.store(value, Ordering::Relaxed);
     }
 
+    /// Sets a number that is counted elsewhere. As [`Counter::add`].
+    pub(super) fn set(&self, value: u64) {
+        self.0.store(value, Ordering::Relaxed);
+    }
+
     pub(super) fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
@@ -79,11 +100,22 @@ impl Counter {
 pub(super) struct DeviceCounters {
     queues: Vec<QueueCounters>,
     last_error: Mutex<Option<String>>,
+    trouble_ring: Option<Arc<TroubleRing>>,
 }
 
 impl DeviceCounters {
     pub(super) fn new(queues: u16) -> Self {
         Self { queues: (0..queues).map(|_| QueueCounters::default()).collect(), ..Self::default() }
+    }
+
+    /// The same counters, whose queues keep a record of every failed or slow request in `ring`.
+    pub(super) fn with_trouble_ring(self, ring: Option<Arc<TroubleRing>>) -> Self {
+        Self { trouble_ring: ring, ..self }
+    }
+
+    /// Where failed and slow requests are recorded, if anywhere.
+    pub(super) fn trouble_ring(&self) -> Option<&TroubleRing> {
+        self.trouble_ring.as_deref()
     }
 
     /// The counters of `queue`, if the device has that many.
@@ -100,6 +132,10 @@ impl DeviceCounters {
         let queues = self.queues.iter().map(|queue| QueueStats {
             requests: queue.requests.get(),
             read_bytes: queue.read_bytes.get(),
+            writes: queue.writes.get(),
+            written_bytes: queue.written_bytes.get(),
+            flushes: queue.flushes.get(),
+            discards: queue.discards.get(),
             errors: queue.errors.get(),
             panics: queue.panics.get(),
             enters: queue.enters.get(),
@@ -119,6 +155,10 @@ mod tests {
             let queue = counters.queue(queue).unwrap();
             queue.requests.add(amount);
             queue.read_bytes.add(amount * 512);
+            queue.writes.add(amount * 5);
+            queue.written_bytes.add(amount * 6);
+            queue.flushes.add(amount * 7);
+            queue.discards.add(amount * 8);
             queue.errors.add(amount * 2);
             queue.panics.add(amount * 3);
             queue.enters.add(amount * 4);
@@ -133,6 +173,10 @@ mod tests {
         let expected = QueueStats {
             requests: 111,
             read_bytes: 111 * 512,
+            writes: 111 * 5,
+            written_bytes: 111 * 6,
+            flushes: 111 * 7,
+            discards: 111 * 8,
             errors: 222,
             panics: 333,
             enters: 444,

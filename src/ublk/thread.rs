@@ -3,16 +3,26 @@
 //! All of it is per thread and none of it can be undone by what runs on the thread later.
 #![allow(unsafe_code)]
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::Pid;
+use std::sync::{Condvar, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// `CAP_SYS_ADMIN` of `<linux/capability.h>`.
 const CAP_SYS_ADMIN: u32 = 21;
 
 /// `_LINUX_CAPABILITY_VERSION_3`: 64 capabilities in two words.
 const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
+
+/// Runs `work` on a thread of its own that ends with it: what the kernel keeps for a thread that
+/// has given commands (workers that wake every five seconds) ends, too. `None` without a thread, or
+/// when it panicked.
+pub(super) fn apart<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    let thread = std::thread::Builder::new().name("ublk-command".to_owned()).spawn(work).ok()?;
+    thread.join().ok()
+}
 
 /// Blocks every signal that another thread can handle. An interrupted `io_uring_enter` would end
 /// libublk's command waits with a wrong answer. Signals that a thread raises itself stay: blocked,
@@ -31,6 +41,34 @@ pub(super) fn block_signals() -> Result<()> {
         signals.remove(own);
     }
     signals.thread_block().map_err(|errno| Error::io("block signals", &errno.into()))
+}
+
+/// Makes the calling thread one that serves a device beside its queues; `name` is for the log.
+pub(super) fn prepare_helper(name: &str) {
+    if let Err(error) = block_signals() {
+        tracing::warn!("{name} takes signals: {error:#}");
+    }
+    // Memory reclaim may wait for this thread as it does for the queues'.
+    libublk::ctrl::UblkCtrl::init_queue_thread();
+}
+
+/// Waits up to `patience` until those who were told to end have; `what` is what they may be at.
+///
+/// # Errors
+/// `Timeout`.
+pub(super) fn wait_for_end<T>(
+    what: &str,
+    changed: &Condvar,
+    state: MutexGuard<'_, T>,
+    patience: Duration,
+    mut has_ended: impl FnMut(&T) -> bool,
+) -> Result<()> {
+    let waited = changed.wait_timeout_while(state, patience, |state| !has_ended(state));
+    if !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out() {
+        return Ok(());
+    }
+    let message = format!("{what} did not end within {} s", patience.as_secs());
+    Err(Error::new(ErrorKind::Timeout, message))
 }
 
 /// Binds the calling thread to `cpus`. A wish: a container's cpuset may forbid it.

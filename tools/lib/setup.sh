@@ -8,6 +8,8 @@
 rust_minor_min=91
 # The cargo-deny that deny.toml was written for.
 deny_version='^0.20'
+# The fsx that tests/vm/upper.sh was written for.
+fsx_version='^0.3'
 
 cache=${OBD_UBLK_CACHE:-${XDG_CACHE_HOME:-${HOME:-/var}/.cache}/obd-ublk}
 llvm_lib=/usr/lib/llvm-14/lib
@@ -62,6 +64,11 @@ setup_run_packages() {
     setup_missing fio=fio e2fsprogs=mkfs.ext4 xfsprogs=mkfs.xfs mount=mount kmod=modprobe
 }
 
+# What tests/nbd.rs reads through, besides fio.
+setup_nbd_packages() {
+    setup_missing libnbd-bin=nbdcopy qemu-utils=qemu-img
+}
+
 # Whether the cargo on PATH is recent and comes with rustfmt and clippy.
 setup_rust_is_good() {
     local version
@@ -104,13 +111,24 @@ setup_deny() {
         --version "$deny_version" cargo-deny >&2 || setup_die "cannot build cargo-deny"
 }
 
+# The exerciser of files that tests/vm/upper.sh runs; found on PATH by tests/vm.rs.
+setup_fsx() {
+    [ -x "$cache/tools/bin/fsx" ] && return
+    setup_say "building fsx (once)"
+    env -u CARGO_TARGET_DIR CARGO_PROFILE_DEV_DEBUG=0 \
+        cargo install --quiet --locked --debug --root "$cache/tools" \
+        --version "$fsx_version" fsx >&2 || setup_die "cannot build fsx"
+}
+
 # Everything that tools/test needs.
 setup_all() {
     setup_environment
     setup_build_packages
     setup_run_packages
+    setup_nbd_packages
     setup_missing shellcheck=shellcheck
     setup_rust
     setup_deny
+    setup_fsx
     setup_say "$(cargo --version), $(rustc --version), cargo-deny in $cache/tools/bin"
 }

@@ -14,8 +14,9 @@ use std::fmt;
 use super::Fields;
 use super::segment::SegmentMapping;
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::flags::flag_word;
 use crate::limits::{SEALED_INDEX_ENTRIES_MAX, VIRTUAL_SECTORS_MAX};
-use crate::units::{SECTOR_SIZE, bytes_to_sectors, to_u64, whole_sectors};
+use crate::units::{SECTOR_SIZE, bytes_to_sectors, to_u64, to_usize, whole_sectors};
 
 /// Space that a header or a trailer takes on disk.
 pub const HEADER_BYTES: u64 = 4096;
@@ -57,9 +58,10 @@ pub fn has_magic(bytes: &[u8]) -> bool {
     bytes.starts_with(&MAGIC)
 }
 
-/// The flag word. Unknown bits are kept and ignored: files of 2021 hold garbage there.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Flags(u32);
+flag_word! {
+    /// The flag word. Unknown bits are kept and ignored: files of 2021 hold garbage there.
+    Flags: u32
+}
 
 impl Flags {
     /// This record is a header; without it, a trailer.
@@ -77,46 +79,28 @@ impl Flags {
         Self(bits)
     }
 
-    /// The flag word, unknown bits included.
-    #[must_use]
-    pub const fn bits(self) -> u32 {
-        self.0
-    }
-
-    /// These flags and `other`.
-    #[must_use]
-    pub const fn with(self, other: Self) -> Self {
-        Self(self.0 | other.0)
-    }
-
     /// Whether the record is a header and not a trailer.
     #[must_use]
     pub const fn is_header(self) -> bool {
-        self.0 & Self::HEADER.0 != 0
+        self.has(Self::HEADER)
     }
 
     /// Whether the file holds data and not the log of a writable pair.
     #[must_use]
     pub const fn is_data_file(self) -> bool {
-        self.0 & Self::DATA_FILE.0 != 0
+        self.has(Self::DATA_FILE)
     }
 
     /// Whether the record says "sealed". Only a trailer is to be believed.
     #[must_use]
     pub const fn is_sealed(self) -> bool {
-        self.0 & Self::SEALED.0 != 0
+        self.has(Self::SEALED)
     }
 
     /// Whether the file is addressed by LBA instead of by index.
     #[must_use]
     pub const fn is_sparse_writable(self) -> bool {
-        self.0 & Self::SPARSE_WRITABLE.0 != 0
-    }
-}
-
-impl fmt::Display for Flags {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#x}", self.0)
+        self.has(Self::SPARSE_WRITABLE)
     }
 }
 
@@ -457,6 +441,14 @@ fn check_virtual_size(record: &str, header: &Header, at_byte: u64) -> Result<()>
             bytes,
             format_args!("a multiple of {SECTOR_SIZE}, at most {VIRTUAL_SECTORS_MAX} sectors"),
         )),
+    }
+}
+
+/// Changes the virtual size in a record, of which these are at least the first 512 bytes.
+pub fn set_virtual_size(record: &mut [u8], bytes: u64) {
+    let at = to_usize(VIRTUAL_SIZE_AT).unwrap_or(0);
+    if let Some(field) = record.get_mut(at..).and_then(<[u8]>::first_chunk_mut::<8>) {
+        *field = bytes.to_le_bytes();
     }
 }
 

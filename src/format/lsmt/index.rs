@@ -70,8 +70,8 @@ pub fn parse_sealed_index(
     Ok(segments)
 }
 
-/// The log of a writable append pair in file order; later entries win. `bytes` lie at `at_byte`
-/// of the index file (4096), and the data file ends before sector `data_end_sector`.
+/// The log of a writable append pair, or a stretch of it, in file order; later entries win. `bytes`
+/// lie at `at_byte` of the index file, and the data file ends before sector `data_end_sector`.
 ///
 /// A tail shorter than an entry is a torn append and ignored. Padding is skipped wherever it
 /// stands (group commit fills up with it). Entries of length zero are skipped unchecked: a blank
@@ -86,16 +86,8 @@ pub fn parse_writable_log(
     data_end_sector: u64,
 ) -> Result<Vec<SegmentMapping>> {
     let (entries, _torn) = bytes.as_chunks::<{ SegmentMapping::BYTES }>();
-    if to_u64(entries.len()) > INDEX_ENTRIES_MAX {
-        return Err(Error::field(
-            ErrorKind::Unsupported,
-            "lsmt log: length",
-            at_byte,
-            format_args!("{} entries", entries.len()),
-            format_args!("at most {INDEX_ENTRIES_MAX} entries"),
-        ));
-    }
-    let mut segments = Vec::with_capacity(entries.len());
+    check_log_entries(to_u64(entries.len()), at_byte)?;
+    let mut segments = Vec::new();
     for (at, entry) in entry_positions(entries, at_byte) {
         if let Some(segment) = SegmentMapping::decode(entry) {
             check_segment(&segment, at, data_end_sector)?;
@@ -103,6 +95,24 @@ pub fn parse_writable_log(
         }
     }
     Ok(segments)
+}
+
+/// Refuses a log, at `at_byte` of its file, of more entries than our limit: to be asked of the
+/// file's length before any of it is read.
+///
+/// # Errors
+/// `Unsupported`.
+pub fn check_log_entries(entries: u64, at_byte: u64) -> Result<()> {
+    if entries <= INDEX_ENTRIES_MAX {
+        return Ok(());
+    }
+    Err(Error::field(
+        ErrorKind::Unsupported,
+        "lsmt log: length",
+        at_byte,
+        format_args!("{entries} entries"),
+        format_args!("at most {INDEX_ENTRIES_MAX} entries"),
+    ))
 }
 
 type Entry = [u8; SegmentMapping::BYTES];
@@ -115,7 +125,10 @@ fn entry_positions(entries: &[Entry], at_byte: u64) -> impl Iterator<Item = (u64
 }
 
 /// The segment lies inside what 50 bits can address and inside the file's data.
-fn check_segment(segment: &SegmentMapping, at_byte: u64, data_end_sector: u64) -> Result<()> {
+///
+/// # Errors
+/// `Corrupt` for the entry at `at_byte`.
+pub fn check_segment(segment: &SegmentMapping, at_byte: u64, data_end_sector: u64) -> Result<()> {
     if segment.end_sector() > VIRTUAL_SECTORS_MAX {
         return Err(Error::corrupt(
             "lsmt index: segment end",

@@ -18,17 +18,21 @@
 
 mod header;
 mod index;
+mod log;
 mod segment;
 mod writer;
 
 pub use header::{
     DATA_START_SECTOR, Flags, HEADER_BYTES, HEADER_STRUCT_BYTES, Header, SUB_VERSION, SealedIndex,
     USER_TAG_BYTES, UuidText, VERSION, WritablePair, check_writable_pair, has_magic,
-    locate_sealed_index,
+    locate_sealed_index, set_virtual_size,
 };
 pub use index::{
-    encode_committed_index, encode_index, encode_sealed_index, parse_sealed_index,
-    parse_writable_log, segments_of_sparse_file,
+    check_log_entries, check_segment, encode_committed_index, encode_index, encode_sealed_index,
+    parse_sealed_index, parse_writable_log, segments_of_sparse_file,
+};
+pub use log::{
+    LOG_SECTOR_ENTRIES, LogOwner, LogScan, LogScanner, MarkKind, batch_bytes, encode_batch,
 };
 pub use segment::SegmentMapping;
 pub use writer::write_sealed;

@@ -2,8 +2,8 @@
 
 use super::crc::{STRUCTURE_SEED, crc32c_raw};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::flags::flag_word;
 use crate::limits::{ZFILE_BLOCK_SIZE_MAX, ZFILE_BLOCK_SIZE_MIN, ZFILE_BLOCKS_MAX};
-use std::fmt;
 use std::ops::Range;
 
 /// Space that a header or a trailer takes on disk.
@@ -47,9 +47,10 @@ pub enum Algorithm {
     Zstd,
 }
 
-/// The flag word. Bits from 6 up are ignored and not kept: images of 2021 hold garbage there.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Flags(u64);
+flag_word! {
+    /// The flag word. Bits from 6 up are ignored and not kept: images of 2021 hold garbage there.
+    Flags: u64
+}
 
 impl Flags {
     /// This record is a header; without it, a trailer.
@@ -73,34 +74,10 @@ impl Flags {
         Self(bits & Self::KNOWN)
     }
 
-    /// The flag word.
-    #[must_use]
-    pub const fn bits(self) -> u64 {
-        self.0
-    }
-
-    /// These flags and `other`.
-    #[must_use]
-    pub const fn with(self, other: Self) -> Self {
-        Self(self.0 | other.0)
-    }
-
     /// These flags without the promise of a digest.
     #[must_use]
     pub const fn without_digest(self) -> Self {
         Self(self.0 & !Self::DIGEST.0)
-    }
-
-    /// Whether all flags of `other` are set.
-    #[must_use]
-    pub const fn has(self, other: Self) -> bool {
-        self.0 & other.0 == other.0
-    }
-}
-
-impl fmt::Display for Flags {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#x}", self.0)
     }
 }
 
@@ -343,6 +320,18 @@ pub fn layout(header: &Header, trailer: Option<&Header>, payload_bytes: u64) -> 
         return Err(Error::corrupt("zfile: index_offset", at(INDEX_OFFSET_AT), start, expected));
     }
     Ok(Layout { header: believed.clone(), index: start..end })
+}
+
+/// [`layout`] from the authoritative record alone, as `layout` has returned it before.
+///
+/// # Errors
+/// As [`layout`].
+pub fn layout_of_believed(believed: &Header, payload_bytes: u64) -> Result<Layout> {
+    if believed.flags.has(Flags::HEADER) {
+        return layout(believed, None, payload_bytes);
+    }
+    let header = Header { flags: Flags::HEADER.with(Flags::DATA), ..believed.clone() };
+    layout(&header, Some(believed), payload_bytes)
 }
 
 #[cfg(test)]

@@ -27,79 +27,132 @@ pub struct JumpTable {
     compressed_bytes_max: u32,
 }
 
-impl JumpTable {
-    /// The table stored as `bytes`, which lie at `layout.index`. Takes as much memory as `bytes`.
+/// A jump table in the making. It takes the stored bytes piece by piece and grows with them: a
+/// header that lies about the number of blocks costs nothing, and a hole in the file ends it at
+/// once, because a length of zero is impossible.
+#[derive(Debug)]
+pub struct JumpTableBuilder<'a> {
+    layout: &'a Layout,
+    bases: Vec<u64>,
+    deltas: Vec<u32>,
+    // Where the next block begins, and the first of its group.
+    offset: u64,
+    base: u64,
+    checksum: u32,
+    compressed_bytes_max: u32,
+}
+
+impl<'a> JumpTableBuilder<'a> {
+    /// An empty table for the blocks that `layout` promises.
+    #[must_use]
+    pub fn new(layout: &'a Layout) -> Self {
+        Self {
+            layout,
+            bases: Vec::new(),
+            deltas: Vec::new(),
+            offset: HEADER_BYTES + u64::from(layout.header.dict_bytes),
+            base: 0,
+            checksum: STRUCTURE_SEED,
+            compressed_bytes_max: 0,
+        }
+    }
+
+    /// Appends the next bytes of the stored table: whole entries.
     ///
     /// # Errors
-    /// `Integrity` when its checksum does not match; `Corrupt` when a length is impossible or the
-    /// lengths do not add up to where the table starts (every writer lays blocks without gaps).
-    pub fn parse(bytes: &[u8], layout: &Layout) -> Result<Self> {
-        let header = &layout.header;
-        let at_byte = layout.index.start;
-        if to_u64(bytes.len()) != layout.index.end.saturating_sub(at_byte)
-            || to_u64(bytes.len() / ENTRY_BYTES) != header.block_count
-        {
-            let expected = format_args!("{} entries of 4 bytes", header.block_count);
-            return Err(Error::corrupt("zfile jump table", at_byte, bytes.len(), expected));
+    /// `Corrupt` at the first length that is impossible, or when there are too many.
+    pub fn push(&mut self, bytes: &[u8]) -> Result<()> {
+        let header = &self.layout.header;
+        let (entries, rest) = bytes.as_chunks::<ENTRY_BYTES>();
+        let count = to_u64(self.deltas.len()).saturating_add(to_u64(entries.len()));
+        if count > header.block_count || !rest.is_empty() {
+            return Err(self.wrong_size(to_u64(bytes.len())));
         }
-        let found = crc32c_raw(STRUCTURE_SEED, bytes);
-        if header.flags.has(Flags::DIGEST) && found != header.index_crc {
+        self.checksum = crc32c_raw(self.checksum, bytes);
+        let crc_bytes = if header.has_block_crc { to_u64(BLOCK_CRC_BYTES) } else { 0 };
+        let longest = compressed_bytes_bound(header.algorithm, header.block_bytes) + crc_bytes;
+        self.deltas.reserve(entries.len());
+        for entry in entries {
+            let len = u32::from_le_bytes(*entry);
+            if u64::from(len) <= crc_bytes || u64::from(len) > longest {
+                let expected = format!("{} to {longest}", crc_bytes + 1);
+                return Err(self.impossible(len, &expected));
+            }
+            self.compressed_bytes_max = self.compressed_bytes_max.max(len);
+            self.mark();
+            // At most a billion blocks of some 64 KiB: far from overflow.
+            self.offset += u64::from(len);
+        }
+        Ok(())
+    }
+
+    /// Notes where the next block begins.
+    fn mark(&mut self) {
+        if self.deltas.len().is_multiple_of(GROUP_BLOCKS) {
+            self.base = self.offset;
+            self.bases.push(self.base);
+        }
+        self.deltas.push(delta(self.offset, self.base));
+    }
+
+    /// The table, once all of it was pushed.
+    ///
+    /// # Errors
+    /// `Integrity` when its checksum does not match; `Corrupt` when entries are missing or the
+    /// lengths do not add up to where the table starts (every writer lays blocks without gaps).
+    pub fn finish(mut self) -> Result<JumpTable> {
+        let (header, at_byte) = (&self.layout.header, self.layout.index.start);
+        if to_u64(self.deltas.len()) != header.block_count {
+            return Err(self.wrong_size(0));
+        }
+        if header.flags.has(Flags::DIGEST) && self.checksum != header.index_crc {
+            let (found, expected) = (self.checksum, header.index_crc);
             let (found, expected) =
-                (format!("checksum {found:#010x}"), format!("{:#010x}", header.index_crc));
+                (format!("checksum {found:#010x}"), format!("{expected:#010x}"));
             let kind = ErrorKind::Integrity;
             return Err(Error::field(kind, "zfile jump table", at_byte, found, expected));
         }
-        let mut table = Self {
-            bases: Box::default(),
-            deltas: Box::default(),
+        if self.offset != at_byte {
+            let found = format!("blocks that end at {}", self.offset);
+            return Err(Error::corrupt("zfile jump table: sum", at_byte, found, at_byte));
+        }
+        self.mark();
+        Ok(JumpTable {
+            bases: self.bases.into_boxed_slice(),
+            deltas: self.deltas.into_boxed_slice(),
             block_count: header.block_count,
             original_bytes: header.original_bytes,
             block_bytes: header.block_bytes,
-            compressed_bytes_max: 0,
-        };
-        table.lay_out(bytes, layout)?;
-        Ok(table)
+            compressed_bytes_max: self.compressed_bytes_max,
+        })
     }
 
-    fn lay_out(&mut self, bytes: &[u8], layout: &Layout) -> Result<()> {
-        let header = &layout.header;
-        let crc_bytes = if header.has_block_crc { to_u64(BLOCK_CRC_BYTES) } else { 0 };
-        let longest = compressed_bytes_bound(header.algorithm, header.block_bytes) + crc_bytes;
-        let count = bytes.len() / ENTRY_BYTES;
-        let mut bases = Vec::with_capacity(count / GROUP_BLOCKS + 1);
-        let mut deltas = Vec::with_capacity(count + 1);
-        let (mut offset, mut base) = (HEADER_BYTES + u64::from(header.dict_bytes), 0);
-        let (entries, _) = bytes.as_chunks::<ENTRY_BYTES>();
-        for (block, entry) in entries.iter().enumerate() {
-            if block % GROUP_BLOCKS == 0 {
-                base = offset;
-                bases.push(base);
-            }
-            let len = u32::from_le_bytes(*entry);
-            if u64::from(len) <= crc_bytes || u64::from(len) > longest {
-                let at_byte = layout.index.start + to_u64(block * ENTRY_BYTES);
-                let expected = format!("{} to {longest}", crc_bytes + 1);
-                let what = format!("zfile jump table: length of block {block}");
-                return Err(Error::corrupt(&what, at_byte, len, expected));
-            }
-            self.compressed_bytes_max = self.compressed_bytes_max.max(len);
-            deltas.push(delta(offset, base));
-            // At most a billion blocks of some 64 KiB: far from overflow.
-            offset += u64::from(len);
-        }
-        if count.is_multiple_of(GROUP_BLOCKS) {
-            base = offset;
-            bases.push(base);
-        }
-        deltas.push(delta(offset, base));
-        if offset != layout.index.start {
-            let found = format!("blocks that end at {offset}");
-            let at_byte = layout.index.start;
-            return Err(Error::corrupt("zfile jump table: sum", at_byte, found, at_byte));
-        }
-        self.bases = bases.into_boxed_slice();
-        self.deltas = deltas.into_boxed_slice();
-        Ok(())
+    #[cold]
+    fn impossible(&self, found: u32, expected: &str) -> Error {
+        let block = self.deltas.len();
+        let at_byte = self.layout.index.start + to_u64(block * ENTRY_BYTES);
+        let what = format!("zfile jump table: length of block {block}");
+        Error::corrupt(&what, at_byte, found, expected)
+    }
+
+    #[cold]
+    fn wrong_size(&self, more_bytes: u64) -> Error {
+        let bytes = to_u64(self.deltas.len() * ENTRY_BYTES).saturating_add(more_bytes);
+        let expected = format_args!("{} entries of 4 bytes", self.layout.header.block_count);
+        let found = format_args!("{bytes} bytes");
+        Error::corrupt("zfile jump table", self.layout.index.start, found, expected)
+    }
+}
+
+impl JumpTable {
+    /// The table stored as `bytes`, which lie at `layout.index`.
+    ///
+    /// # Errors
+    /// As [`JumpTableBuilder`].
+    pub fn parse(bytes: &[u8], layout: &Layout) -> Result<Self> {
+        let mut table = JumpTableBuilder::new(layout);
+        table.push(bytes)?;
+        table.finish()
     }
 
     /// Number of blocks.
@@ -121,6 +174,18 @@ impl JumpTable {
     pub fn compressed_range(&self, block: u64) -> Range<u64> {
         debug_assert!(block < self.block_count);
         self.offset_of(block)..self.offset_of(block.saturating_add(1))
+    }
+
+    /// The lengths of all records in order, their checksums included: the table as stored.
+    pub fn record_lengths(&self) -> impl Iterator<Item = u32> {
+        let mut start = self.offset_of(0);
+        (1..=self.block_count).map(move |block| {
+            let end = self.offset_of(block);
+            let len = end - start;
+            start = end;
+            // It was 32 bits wide when it was read.
+            u32::try_from(len).unwrap_or(u32::MAX)
+        })
     }
 
     #[inline]
@@ -173,15 +238,21 @@ mod tests {
         #[test]
         fn ranges_are_the_running_sum_of_the_lengths(
             lens in prop::collection::vec(5_u32..4116, 0..400),
+            piece_entries in 1_usize..200,
         ) {
             let (layout, bytes) = layout(&lens, true);
-            let table = JumpTable::parse(&bytes, &layout).unwrap();
+            let mut table = JumpTableBuilder::new(&layout);
+            for piece in bytes.chunks(piece_entries * ENTRY_BYTES) {
+                table.push(piece).unwrap();
+            }
+            let table = table.finish().unwrap();
             let mut start = 512;
             for (block, &len) in (0..).zip(&lens) {
                 let end = start + u64::from(len);
                 prop_assert_eq!(table.compressed_range(block), start..end);
                 start = end;
             }
+            prop_assert_eq!(table.record_lengths().collect::<Vec<_>>(), &lens[..]);
             prop_assert_eq!(table.compressed_bytes_max(), lens.iter().copied().max().unwrap_or(0));
         }
 
@@ -224,6 +295,33 @@ mod tests {
         layout.index = layout.index.start + 1..layout.index.end + 1;
         let error = JumpTable::parse(&bytes, &layout).unwrap_err();
         assert!(error.to_string().contains("blocks that end at 812, expected 813"), "{error}");
+    }
+
+    /// A sparse file with a header that promises a billion blocks used to cost 8 GB of memory
+    /// before its first length was looked at: its checksum of zeros is a correct 0.
+    #[test]
+    fn a_table_of_zeros_ends_at_its_first_entry_whatever_its_checksum() {
+        let (mut layout, bytes) = layout(&[100, 200], true);
+        layout.header.block_count = 1_000_000_000;
+        layout.header.index_crc = 0;
+        let mut table = JumpTableBuilder::new(&layout);
+        table.push(&bytes).unwrap();
+        let error = table.push(&[0; 4096]).unwrap_err();
+        let told = "length of block 2 at byte 820: found 0, expected 5 to 4132";
+        assert!(error.to_string().contains(told), "{error}");
+        assert!(table.deltas.capacity() <= 2048, "{}", table.deltas.capacity());
+    }
+
+    #[test]
+    fn a_table_of_another_size_than_promised_is_refused() {
+        let (layout, bytes) = layout(&[100, 200, 300], true);
+        let more = [&bytes[..], &100_u32.to_le_bytes()].concat();
+        for (bytes, found) in [(&bytes[..8], 8), (&bytes[..11], 11), (&more, 16), (&[], 0)] {
+            let error = JumpTable::parse(bytes, &layout).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Corrupt);
+            let told = format!("found {found} bytes, expected 3 entries of 4 bytes");
+            assert!(error.to_string().ends_with(&told), "{error}");
+        }
     }
 
     #[test]

@@ -158,6 +158,14 @@ fn an_append_pair_takes_its_virtual_size_from_the_index_file() {
 }
 
 #[test]
+fn a_virtual_size_is_changed_and_nothing_else() {
+    let mut bytes = index_header().encode();
+    set_virtual_size(&mut bytes[..512], 3 << 20);
+    let changed = Header { virtual_size_bytes: 3 << 20, ..index_header() };
+    assert_eq!(bytes, changed.encode());
+}
+
+#[test]
 fn a_sparse_layer_needs_no_index_file() {
     let data = data_header(Flags::SPARSE_WRITABLE);
     let pair = check_writable_pair(&data, None).unwrap();

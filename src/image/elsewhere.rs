@@ -1,0 +1,191 @@
+//! Layers that lie in a registry: fetched by `registry`, kept by `cache`, put together here.
+//!
+//! ```text
+//!   config: repoBlobUrl, digest --> registry::Blob --> cache::CachedBlob --> Source::Remote
+//!   docker://REFERENCE, oci-layout:FOLDER --> manifest --> the text of such a config
+//! ```
+
+use super::single::{DOCKER, LAYOUT};
+use crate::cache::{BlobDigest, Cache, CachedBlob, Settings};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::format::config::{CredentialConfig, LowerConfig, ServiceConfig};
+use crate::limits::{OPEN_HEAD_BYTES, OPEN_TAIL_BYTES, RESOLVE_SECONDS_MAX};
+use crate::registry::{CredentialSource, Options, Platform, Registry, Secret, open_layout};
+use crate::source::{RemoteBlob, Source};
+use serde_json::json;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Moves the cache; an absolute path.
+const CACHE_DIR_VARIABLE: &str = "OBD_UBLK_CACHE_DIR";
+
+/// `HOST` or `HOST:PORT`, several separated by commas, to which `docker://` means plain http.
+const PLAIN_HTTP_VARIABLE: &str = "OBD_UBLK_PLAIN_HTTP";
+
+/// The text of a config for the image that `reference` names. Blocks on the network, for
+/// [`RESOLVE_SECONDS_MAX`] at most.
+///
+/// # Errors
+/// `NotFound`, `Unauthorized`, `Unavailable` or `Timeout` when it cannot be had, `Integrity` when
+/// it is not what its digest says.
+pub(super) fn config_of(reference: &Path, service: &ServiceConfig) -> Result<Vec<u8>> {
+    let text = reference.to_str().unwrap_or_default();
+    let found = if let Some(layout) = text.strip_prefix(LAYOUT) {
+        open_layout(layout, &Platform::ours())
+    } else {
+        let deadline = Instant::now() + Duration::from_secs(RESOLVE_SECONDS_MAX);
+        let name = text.strip_prefix(DOCKER).unwrap_or(text);
+        Registry::new(options(service))
+            .and_then(|registry| registry.image(name, &Platform::ours(), deadline))
+    };
+    let image = found.context(|| format!("find {text}"))?;
+    let lowers: Vec<_> = image
+        .layers
+        .iter()
+        .map(|layer| {
+            let file = layer.file.as_deref().map(std::path::absolute).and_then(|it| it.ok());
+            json!({"file": file, "digest": layer.digest.as_str(), "size": layer.size_bytes})
+        })
+        .collect();
+    let config = json!({
+        "repoBlobUrl": image.repo_blob_url.unwrap_or_default(),
+        "lowers": lowers,
+        "upper": {},
+        "resultFile": "",
+        "accelerationLayer": image.has_acceleration_layer,
+    });
+    Ok(config.to_string().into_bytes())
+}
+
+/// Where the cache is and how large it may be, as the host's config says.
+#[must_use]
+pub fn cache_settings(service: &ServiceConfig) -> Settings {
+    let quota_bytes = service.cache_config.cache_size_gb.saturating_mul(1 << 30);
+    Settings { folder: cache_folder(), quota_bytes, ..Settings::default() }
+}
+
+/// Folders that reading a layer from a registry goes on to need.
+#[must_use]
+pub fn folders() -> Vec<PathBuf> {
+    std::iter::once(cache_folder()).chain(docker_folder()).collect()
+}
+
+fn cache_folder() -> PathBuf {
+    let moved = std::env::var_os(CACHE_DIR_VARIABLE).filter(|path| !path.is_empty());
+    moved.map_or_else(|| Settings::default().folder, PathBuf::from)
+}
+
+/// Where docker keeps its credentials.
+fn docker_folder() -> Option<PathBuf> {
+    let named = |name| std::env::var_os(name).filter(|path| !path.is_empty()).map(PathBuf::from);
+    named("DOCKER_CONFIG").or_else(|| named("HOME").map(|home| home.join(".docker")))
+}
+
+/// The way to registries, and what is kept of them.
+#[derive(Debug)]
+pub(super) struct Elsewhere {
+    registry: Arc<Registry>,
+    cache: Cache,
+}
+
+impl Elsewhere {
+    /// As the host's config says.
+    ///
+    /// # Errors
+    /// `InvalidConfig` naming the option.
+    pub(super) fn new(service: &ServiceConfig) -> Result<Self> {
+        let registry = Registry::new(options(service))?;
+        Ok(Self { registry, cache: Cache::open_or_bypass(cache_settings(service)) })
+    }
+
+    /// The bytes of a layer. Its head and its tail are fetched at once, if they are not here:
+    /// opening it needs little more.
+    ///
+    /// # Errors
+    /// `InvalidConfig` for a digest or a URL that cannot be; why the blob cannot be had.
+    pub(super) fn open(&self, lower: &LowerConfig, repo_blob_url: &str) -> Result<Source> {
+        let url = Some(lower.repo_blob_url.as_str()).filter(|url| !url.is_empty());
+        let deadline = Instant::now() + Duration::from_secs(RESOLVE_SECONDS_MAX);
+        let size = Some(lower.size).filter(|size| *size > 0);
+        let url = url.unwrap_or(repo_blob_url);
+        let blob = self.registry.blob(url, &lower.digest, size, deadline)?;
+        let digest = BlobDigest::parse(&lower.digest)?;
+        let blob = self.cache.blob(&digest, Arc::new(blob))?;
+        if !lower.dir.is_empty() {
+            // As many as are asked for in one open fit; one that does not is no loss.
+            let _ = blob.commit_when_complete(PathBuf::from(&lower.dir));
+        }
+        fill_ends(&blob);
+        Ok(Source::Remote(Arc::new(blob)))
+    }
+}
+
+/// Brings both ends of a blob here, at the same time. What fails is told by who reads it.
+fn fill_ends(blob: &CachedBlob) {
+    let bytes = blob.bytes();
+    let tail = bytes.saturating_sub(OPEN_TAIL_BYTES)..bytes;
+    std::thread::scope(|scope| {
+        let spawned = std::thread::Builder::new()
+            .name("open-tail".to_owned())
+            .spawn_scoped(scope, || blob.fill(tail));
+        let head = blob.fill(0..bytes.min(OPEN_HEAD_BYTES));
+        let tail = spawned.map(std::thread::ScopedJoinHandle::join);
+        tracing::trace!(?head, ?tail, "the ends of a layer");
+    });
+}
+
+fn options(service: &ServiceConfig) -> Options {
+    let plain = std::env::var(PLAIN_HTTP_VARIABLE).unwrap_or_default();
+    let plain = plain.split(',').map(str::trim).filter(|host| !host.is_empty());
+    let docker = docker_folder().map(|folder| CredentialSource::File(folder.join("config.json")));
+    let p2p = &service.p2p_config;
+    Options {
+        user_agent: service.user_agent.clone(),
+        credentials: credentials(service).into_iter().chain(docker).collect(),
+        p2p_prefix: Some(p2p.address.clone()).filter(|_| p2p.enable),
+        client_certificate: pair(&service.cert_config.cert_file, &service.cert_config.key_file),
+        plain_hosts: plain.map(ToOwned::to_owned).collect(),
+        ..Options::default()
+    }
+}
+
+fn path(text: &str) -> Option<PathBuf> {
+    Some(PathBuf::from(text)).filter(|_| !text.is_empty())
+}
+
+fn pair(one: &str, two: &str) -> Option<(PathBuf, PathBuf)> {
+    path(one).zip(path(two))
+}
+
+/// Where the host's config says that credentials come from.
+fn credentials(service: &ServiceConfig) -> Option<CredentialSource> {
+    let CredentialConfig { mode, path: at, timeout, .. } = &service.credential_config;
+    let timeout = Duration::from_secs(*timeout);
+    match mode.as_str() {
+        "" => path(&service.credential_file_path).map(CredentialSource::File),
+        "file" => path(at).map(CredentialSource::File),
+        "http" | "https" => Some(CredentialSource::Http {
+            url: Secret::new(at.clone()),
+            timeout,
+            ca_file: path(&service.credential_config.server_ca_path),
+            client_certificate: pair(
+                &service.credential_config.client_cert_path,
+                &service.credential_config.client_key_path,
+            ),
+        }),
+        "uds" => path(at).map(|path| CredentialSource::Socket { path, timeout }),
+        // The reference, too, goes on without.
+        other => {
+            tracing::warn!(mode = other, "credentialConfig: an unknown mode is ignored");
+            None
+        }
+    }
+}
+
+/// The error for a layer that is neither here nor anywhere else.
+pub(super) fn nowhere(looked: &str) -> Error {
+    let message =
+        format!("no local file (looked at {looked}), and no repoBlobUrl to fetch it from");
+    Error::new(ErrorKind::NotFound, message)
+}

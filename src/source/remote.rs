@@ -1,0 +1,52 @@
+//! The seam between a blob that lies elsewhere and those who keep pieces of it.
+//!
+//! `registry` fetches, `cache` keeps what was fetched and is read like a file, and neither knows
+//! the other: both know these two traits, and `image` puts them together.
+
+use crate::error::Result;
+use std::fmt;
+use std::time::Instant;
+
+/// Fetches pieces of one blob that lies elsewhere. Keeps nothing.
+pub trait Fetch: Send + Sync + fmt::Debug {
+    /// What to call the blob in messages: its host and digest, never a secret.
+    fn name(&self) -> &str;
+
+    /// Length of the blob in bytes.
+    fn bytes(&self) -> u64;
+
+    /// Fills `dst` with the blob's bytes from `offset_bytes` on, exactly. Blocks, and tries again
+    /// where that may help, until `deadline` at most. Any number of threads call this at a time.
+    ///
+    /// # Errors
+    /// `OutOfRange` beyond the end; else why the bytes could not be had, by the kinds of
+    /// [`ErrorKind`](crate::error::ErrorKind). The content of `dst` is unspecified then.
+    fn fetch(&self, offset_bytes: u64, dst: &mut [u8], deadline: Instant) -> Result<()>;
+
+    /// Makes fetches that wait fail soon, with `Canceled`, those to come included.
+    fn cancel(&self);
+}
+
+/// A blob that lies elsewhere, read like a file: from what is here, else by fetching.
+pub trait RemoteBlob: Send + Sync + fmt::Debug {
+    /// What to call the blob in messages; see [`Fetch::name`].
+    fn name(&self) -> &str;
+
+    /// Length of the blob in bytes.
+    fn bytes(&self) -> u64;
+
+    /// Fills `dst` from `offset_bytes` on. What is here is copied without a system call where that
+    /// can be; the rest is fetched, which blocks for as long as the blob's own deadline says.
+    ///
+    /// # Errors
+    /// As [`Fetch::fetch`].
+    fn read(&self, offset_bytes: u64, dst: &mut [u8]) -> Result<()>;
+
+    /// Whether [`RemoteBlob::read`] of these bytes would find all of them here: no I/O, and only a
+    /// hint, because what is here may be thrown away in the next moment.
+    fn is_here(&self, offset_bytes: u64, bytes: u64) -> bool;
+
+    /// Makes reads that wait fail soon, with `Canceled`, those to come included: nobody will look
+    /// at their bytes.
+    fn cancel(&self);
+}
