@@ -6,6 +6,7 @@
 #![cfg(feature = "ublk")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use obd_ublk::telemetry::trouble::{Trouble, TroubleRing};
 use serde_json::{Value, json};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
@@ -68,11 +69,13 @@ impl Sandbox {
         std::fs::create_dir(&folder).unwrap();
         let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
         let state = json!({
-            "schema": 1, "program": "0.1.0", "phase": "live", "id": id,
+            "schema": 2, "program": "0.1.0", "phase": "live", "id": id,
             "boot_id": boot_id.trim(), "server": {"pid": std::process::id(), "start_ticks": 1},
             "config": config, "config_content": {}, "service_config": null, "queues": null,
             "depth": 128, "request_bytes": 4096, "read_only": true, "size_bytes": 4096,
-            "log": null, "attached_unix_ms": 0,
+            "log": null, "attached_unix_ms": 0, "recoverable": false, "layers": [],
+            "launcher": {"pid": 1, "start_ticks": 1}, "lazy": false, "recovery_count": 0,
+            "last_recovery": null,
         });
         std::fs::write(folder.join("state.json"), state.to_string()).unwrap();
         folder
@@ -157,16 +160,29 @@ fn a_missing_layer_is_reported_and_leaves_nothing() {
 }
 
 #[test]
-fn a_writable_config_is_refused_with_the_flag_that_would_help() {
+fn an_upper_that_is_not_there_is_told_whether_it_is_to_be_written_or_not() {
     let sandbox = Sandbox::new();
     let upper = r#"{"lowers":[],"upper":{"index":"i","data":"d"},"resultFile":"result"}"#;
     sandbox.write_config(upper);
     let ran = sandbox.run(&["attach", "config.v1.json"]);
-    let line = ran.failed(4);
-    assert!(line.contains("--read-only"), "{line}");
+    let line = ran.failed(6);
+    assert!(line.contains("/d"), "{line}");
     assert_eq!(sandbox.result(), format!("failed:{line}"));
-    // With the flag the upper is looked for.
     sandbox.run(&["attach", "--read-only", "config.v1.json"]).failed(6);
+    // An upper on top of an upper, and one for a view without writes.
+    sandbox.run(&["attach", "--upper", "u", "config.v1.json"]).failed(64);
+    sandbox.run(&["attach", "--upper", "u", "--ephemeral", "--read-only", "config.v1.json"]);
+    sandbox.run(&["attach", "--quota", "1M", "--read-only", "config.v1.json"]);
+    assert!(!sandbox.path("u").exists());
+    sandbox.assert_nothing_left();
+}
+
+#[test]
+fn a_quota_without_an_upper_bounds_nothing_and_is_refused() {
+    let sandbox = Sandbox::new();
+    sandbox.write_config(&good_config());
+    let ran = sandbox.run(&["attach", "--quota", "1M", "config.v1.json"]);
+    assert!(ran.failed(64).contains("quota"), "{}", ran.stderr);
     sandbox.assert_nothing_left();
 }
 
@@ -304,11 +320,11 @@ fn a_state_file_of_a_newer_version_is_shown_and_left_alone() {
     let sandbox = Sandbox::new();
     let folder = sandbox.run_path().join("1048004");
     std::fs::create_dir(&folder).unwrap();
-    std::fs::write(folder.join("state.json"), "{\"schema\":2}").unwrap();
+    std::fs::write(folder.join("state.json"), "{\"schema\":3}").unwrap();
     let ran = sandbox.run(&["list"]);
     assert_eq!(ran.code, 0);
     assert!(ran.stdout.contains("broken"), "{}", ran.stdout);
-    assert!(ran.stderr.contains("schema: found 2, expected 1"), "{}", ran.stderr);
+    assert!(ran.stderr.contains("schema: found 3, expected 2"), "{}", ran.stderr);
     let ran = sandbox.run(&["detach", "1048004"]);
     let line = ran.failed(4);
     assert!(line.contains(folder.join("state.json").to_str().unwrap()), "{line}");
@@ -316,13 +332,39 @@ fn a_state_file_of_a_newer_version_is_shown_and_left_alone() {
 }
 
 #[test]
+fn a_line_of_the_log_stays_one_line_whatever_a_path_holds() {
+    let sandbox = Sandbox::new();
+    let run = sandbox.path("run\n2026 ERROR forged\u{1b}[2J");
+    std::fs::create_dir_all(run.join("1048005")).unwrap();
+    std::fs::set_permissions(&run, std::fs::Permissions::from_mode(0o700)).unwrap();
+    std::fs::write(run.join("1048005/state.json"), "{\"schema\":3}").unwrap();
+    let output = sandbox.command(&["list"]).env("OBD_UBLK_RUN_DIR", &run).output().unwrap();
+    let ran = Ran::of(&output);
+    assert_eq!((ran.code, ran.stderr.lines().count()), (0, 1), "{}", ran.stderr);
+    assert!(ran.stderr.contains("run\\n2026 ERROR forged\\"), "{}", ran.stderr);
+    assert!(!ran.stderr.contains('\u{1b}'), "{}", ran.stderr);
+}
+
+#[test]
 fn a_run_folder_that_others_can_write_to_is_not_used() {
     let sandbox = Sandbox::new();
     sandbox.write_config(&good_config());
+    let remains = sandbox.leave_remains(1_048_006, &sandbox.path("config.v1.json"));
     let open_to_all = std::fs::Permissions::from_mode(0o777);
     std::fs::set_permissions(sandbox.run_path(), open_to_all).unwrap();
-    let ran = sandbox.run(&["attach", "config.v1.json"]);
-    assert!(ran.failed(4).contains("mode 777"), "{}", ran.stderr);
+    for arguments in [
+        &["attach", "config.v1.json"][..],
+        &["list"],
+        &["list", "--all"],
+        &["stat", "1048006"],
+        &["stat", "config.v1.json"],
+        &["detach", "1048006"],
+        &["detach", "config.v1.json"],
+    ] {
+        let ran = sandbox.run(arguments);
+        assert!(ran.failed(4).contains("mode 777"), "{arguments:?}: {}", ran.stderr);
+    }
+    assert!(remains.exists());
 }
 
 #[test]
@@ -362,7 +404,7 @@ fn completions_and_manual_pages_know_every_command() {
     assert_eq!(ran.code, 0);
     std::fs::create_dir(sandbox.path("man")).unwrap();
     assert_eq!(sandbox.run(&["generate", "man", "man"]).code, 0);
-    for command in ["attach", "detach", "list", "stat", "doctor", "version"] {
+    for command in ["attach", "detach", "serve", "list", "stat", "doctor", "version"] {
         // The name that is set for the command, and the place where its options are.
         for text in ["cmd=\"obd__ublk__subcmd__NAME\"\n", "  obd__ublk__subcmd__NAME)\n"] {
             assert!(ran.stdout.contains(&text.replace("NAME", command)), "{command}");
@@ -373,4 +415,47 @@ fn completions_and_manual_pages_know_every_command() {
         let ran = sandbox.run(&["generate", "completions", shell]);
         assert!(ran.stdout.contains("attach") && !ran.stdout.contains("serve-device"), "{shell}");
     }
+}
+
+#[test]
+fn why_tells_the_trouble_of_a_device_whose_server_is_dead() {
+    let sandbox = Sandbox::new();
+    let config = sandbox.path("config.v1.json");
+    let folder = sandbox.leave_remains(3, &config);
+    let ran = sandbox.run(&["why", "3"]);
+    assert_eq!((ran.code, &*ran.stdout), (0, "device 3: no request failed or was slow\n"));
+
+    // The state as `attach` writes it: with the config that was attached, which is gone since.
+    let state = std::fs::read_to_string(folder.join("state.json")).unwrap();
+    let mut state: Value = serde_json::from_str(&state).unwrap();
+    state["config_content"] = serde_json::from_str(&good_config()).unwrap();
+    std::fs::write(folder.join("state.json"), state.to_string()).unwrap();
+    let ring = TroubleRing::open(&folder.join("trouble")).unwrap();
+    let trouble = Trouble { start_sector: 2, sectors: 1, errno: 84, ..Trouble::default() };
+    ring.record(&Trouble { text: "read: bad\ncrc".to_owned(), ..trouble.clone() });
+    ring.record(&Trouble { errno: 0, duration_us: 2_500_000, ..trouble });
+
+    let ran = sandbox.run(&["why", "/dev/ublkb3", "--json"]);
+    assert_eq!((ran.code, &*ran.stderr), (0, ""));
+    let facts: Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(facts["unexplained"], Value::Null);
+    let records = facts["records"].as_array().unwrap();
+    assert_eq!(records.len(), 2);
+    assert_eq!(records[0]["errno_name"], "EILSEQ");
+    assert_eq!(records[1]["errno_name"], "slow");
+    // The superblock of the ext4 image: what `explain` says of its sector.
+    sandbox.write_config(&good_config());
+    let explained = sandbox.run(&["explain", "config.v1.json", "2", "--json"]);
+    let explained: Value = serde_json::from_str(&explained.stdout).unwrap();
+    assert_eq!(explained["reads_as"], "data");
+    assert_eq!(records[0]["places"], json!([explained]));
+
+    let other = r#"{"repoBlobUrl":"","lowers":[{"file":"nowhere"}],"upper":{},"resultFile":""}"#;
+    std::fs::write(sandbox.path("other.json"), other).unwrap();
+    let ran = sandbox.run(&["why", "3", "--config", "other.json"]);
+    assert_eq!((ran.code, ran.stdout.lines().count()), (0, 3), "{}", ran.stdout);
+    assert!(ran.stdout.contains("read 1 sectors from 2  EILSEQ"), "{}", ran.stdout);
+    assert!(ran.stdout.contains("read: bad\\ncrc"), "{}", ran.stdout);
+    assert!(ran.stdout.contains("layers are not told: the image cannot be opened: open layer 0"));
+    assert!(sandbox.run(&["why", "4"]).failed(6).contains("device 4 was not attached"));
 }

@@ -96,7 +96,7 @@ fn every_layer_states_the_uuids_that_it_was_made_with() {
     for case in golden.cases().iter().filter(|case| is_disk(case)) {
         let Some(uuid) = case.rest.get("uuid").and_then(|uuid| uuid.as_str()) else { continue };
         let files = golden.materialise(case);
-        let (config, _) = load_image_config(&files.config(case)).unwrap();
+        let config = load_image_config(&files.config(case), None).unwrap();
         let stack = Stack::open(&config, &load_service_config(None).unwrap()).unwrap();
         assert_eq!(stack.layers().last().unwrap().header.uuid.to_string(), uuid, "{}", case.name);
         checked += 1;
@@ -123,6 +123,22 @@ fn the_trace_has_the_records_that_the_reference_wrote() {
         })
         .collect();
     assert_eq!(serde_json::Value::from(found), case.rest["records"]);
+}
+
+#[test]
+fn an_image_is_of_the_config_that_was_read_though_the_file_was_replaced() {
+    let golden = Golden::load();
+    let case = golden.case("stack3");
+    let files = golden.materialise(case);
+    let config = files.config(case);
+    let bytes = std::fs::read(&config).unwrap();
+    std::fs::write(&config, "{ replaced").unwrap();
+    let image = Image::open_bytes(&config, &bytes, None).unwrap();
+    assert_eq!(Some(flattened_sha256(&image)), case.expected_sha256);
+    let error = Image::open_bytes(&config, b"{ replaced", None).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidConfig);
+    let told = format!("{error:#}");
+    assert!(told.starts_with(&format!("parse {}: ", config.display())), "{told}");
 }
 
 #[test]

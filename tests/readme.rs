@@ -53,7 +53,7 @@ fn every_command_and_flag_of_the_readme_exists() {
 fn the_exit_codes_of_the_readme_are_those_of_the_error_kinds() {
     use ErrorKind::{
         Busy, Canceled, Corrupt, Integrity, InvalidConfig, InvalidFormat, Io, Kernel, NoSpace,
-        NotFound, OutOfRange, ReadOnly, Timeout, Unsupported, Usage,
+        NotFound, OutOfRange, ReadOnly, Timeout, Unauthorized, Unavailable, Unsupported, Usage,
     };
     let kinds = [
         Busy,
@@ -69,6 +69,8 @@ fn the_exit_codes_of_the_readme_are_those_of_the_error_kinds() {
         OutOfRange,
         ReadOnly,
         Timeout,
+        Unauthorized,
+        Unavailable,
         Unsupported,
         Usage,
     ];

@@ -101,6 +101,37 @@ fn prepare_ext4(golden: &Golden, case: &Case, folder: &Path) {
     fs::write(folder.join("gone"), gone).unwrap();
 }
 
+/// An image whose blocks fio verifies by themselves: it wrote them.
+fn prepare_fio(folder: &Path) {
+    fs::create_dir_all(folder).unwrap();
+    let raw = folder.join("raw");
+    let status = Command::new("fio")
+        .args(["--name=fill", "--rw=write", "--bs=4k", "--size=8m", "--ioengine=psync"])
+        .args(["--verify=crc32c", "--do_verify=0", "--verify_state_save=0", "--output=/dev/null"])
+        .arg(format!("--filename={}", raw.display()))
+        .status()
+        .unwrap();
+    assert!(status.success());
+    let status = Command::new(binaries().join("obd-ublk-make-image")).arg(folder).status().unwrap();
+    assert!(status.success());
+    let config = json!({ "lowers": [{ "file": folder.join("layer.lz4") }] });
+    fs::write(folder.join("config.json"), config.to_string()).unwrap();
+}
+
+/// The program that exercises files, which tools/lib/setup.sh installs. Copied, because the guest
+/// need not see the cache.
+fn prepare_fsx(folder: &Path) {
+    let mut search = std::env::var_os("PATH").unwrap_or_default();
+    if let Some(home) = std::env::var_os("HOME") {
+        search.push(":");
+        search.push(Path::new(&home).join(".cache/obd-ublk/tools/bin"));
+    }
+    let found = std::env::split_paths(&search).map(|dir| dir.join("fsx")).find(|it| it.is_file());
+    let found = found.expect("fsx on PATH: tools/test installs it, or `cargo install fsx`");
+    fs::create_dir_all(folder).unwrap();
+    fs::copy(found, folder.join("fsx")).unwrap();
+}
+
 /// Where cargo put the binaries of this run.
 fn binaries() -> PathBuf {
     Path::new(env!("CARGO_BIN_EXE_obd-ublk")).parent().unwrap().to_owned()
@@ -120,11 +151,14 @@ fn the_device_is_right_in_a_real_kernel() {
             prepare_ext4(&golden, case, &shared.path().join("ext4").join(&case.name));
         }
     }
+    prepare_fio(&shared.path().join("fio"));
+    prepare_fsx(&shared.path().join("bin"));
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let suite = root.join("tests/vm/suite.sh");
     let status = Command::new(root.join("tools/vm"))
         .env("OBD_UBLK_BIN_DIR", binaries())
-        .args(["--kernel", &kernel, "--timeout", "1500"])
+        .args(["--env", "OBD_UBLK_KILLS"])
+        .args(["--kernel", &kernel, "--timeout", "2400"])
         .arg("--share")
         .arg(shared.path())
         .arg("--share")

@@ -6,6 +6,7 @@ use std::path::Path;
 /// Hosts that a tracked file may name. Anything else is a mirror, a private machine or a typo.
 const HOSTS: &[&str] = &[
     "127.0.0.1",
+    "auth.docker.io",
     "crates.io",
     "deb.debian.org",
     "docs.kernel.org",

@@ -8,6 +8,7 @@
 #
 #   FOLDER/cases/NAME/config.json    image configs with absolute paths
 #   FOLDER/cases/NAME/pack           what the device must hold (see tools/device-check.rs)
+#   FOLDER/bin/fsx                  the exerciser of files, from crates.io
 #   FOLDER/ext4/N/{config.json,sums,gone}   ext4 stacks, their files' sha256, their whiteouts
 #
 # Prints one line per check, `ok NAME` or `FAIL NAME: why`, and exits with the number of failures.
@@ -23,15 +24,17 @@ check() {
         return
     fi
     # Not as the condition of an `if`: there `set -e` would mean nothing.
-    (set -e; "$name") >/tmp/check.log 2>&1
+    (set -e; "$name") 3>/tmp/check.facts >/tmp/check.log 2>&1
     local status=$?
     if [ $status -eq 0 ]; then
         echo "ok $name ($((SECONDS - start)) s)"
+        sed 's/^/    /' /tmp/check.facts
     else
         echo "FAIL $name: $(tail -n 5 /tmp/check.log | tr '\n' ' ')"
         failures=$((failures + 1))
+        echo "$name: $(tail -n 5 /tmp/check.log | tr '\n' ' ')" >>/tmp/failed
         sed 's/^/    /' /tmp/check.log
-        for log in /run/obd-ublk/*/log; do
+        for log in /run/obd-ublk/*/log /run/obd-ublk/supervisor.log; do
             [ -e "$log" ] && tail -n 5 "$log" | sed "s|^|    $log: |"
         done
         clean_up
@@ -40,12 +43,14 @@ check() {
 
 # Whatever a failed check left, so that the next one starts from nothing.
 clean_up() {
-    pkill -9 fio
+    pkill -9 fio; pkill -9 -f 'obd-ublk-null --writable'
     for dir in /mnt/*; do umount -l "$dir" 2>/dev/null; done
-    pkill -9 -f 'obd-ublk.*serve' ; sleep 0.5
+    pkill -9 -f supervise; pkill -9 -f 'obd-ublk.*serve' ; sleep 0.5
     for node in /sys/class/ublk-char/ublkc*; do
-        [ -e "$node" ] && timeout 20 obd-ublk detach "${node##*ublkc}"
+        [ -e "$node" ] && timeout 20 obd-ublk detach --force "${node##*ublkc}"
     done
+    rm -f /run/obd-ublk/upper/*
+    pkill -9 -f obd-ublk-mock-registry
 } >/dev/null 2>&1
 
 fail() {
@@ -65,16 +70,28 @@ number_of() {
     echo "${1#/dev/ublkb}"
 }
 
+# Prints what is left of any device.
+what_is_left() {
+    ls /sys/class/ublk-char 2>/dev/null
+    find /dev -maxdepth 1 -name 'ublk[bc][0-9]*' 2>/dev/null
+    pgrep -a obd-ublk
+    # The folder of the journals stays; a journal in it would be one too many.
+    find /run/obd-ublk /run/ublksrvd -mindepth 1 2>/dev/null |
+        grep -vx -e '/run/obd-ublk/supervisor.log' -e '/run/obd-ublk/upper'
+    grep ublkb /proc/mounts
+    true
+}
+
+# The kernel lets go of a device a moment after its server did, and a supervisor without anything to
+# guard stays for two seconds.
 nothing_left() {
-    local left
-    left=$(ls /sys/class/ublk-char 2>/dev/null)
-    [ -z "$left" ] || fail "devices left: $left"
-    left=$(find /dev -maxdepth 1 -name 'ublk[bc][0-9]*')
-    [ -z "$left" ] || fail "nodes left: $left"
-    left=$(pgrep -a obd-ublk || true)
-    [ -z "$left" ] || fail "processes left: $left"
-    left=$(find /run/obd-ublk /run/ublksrvd -mindepth 1 2>/dev/null | grep -v '/run/obd-ublk/lock' || true)
-    [ -z "$left" ] || fail "files left: $left"
+    local left deadline=$((SECONDS + 30))
+    while :; do
+        left=$(what_is_left)
+        [ -n "$left" ] || return 0
+        [ "$SECONDS" -lt "$deadline" ] || fail "left: $left"
+        sleep 0.2
+    done
 }
 
 a_config=$folder/cases/stack8/config.json
@@ -229,20 +246,40 @@ a_hundred_attaches_and_detaches_leave_nothing() {
     nothing_left
 }
 
-sixty_four_devices_live_at_once() {
-    local dev
-    for _ in $(seq 64); do
-        obd-ublk attach --queues 1 --depth 16 "$a_config" >>/tmp/devices
+# devices_live_at_once COUNT AT_A_TIME
+devices_live_at_once() {
+    local dev pids pid begun=0
+    : >/tmp/devices
+    while [ "$begun" -lt "$1" ]; do
+        pids=()
+        for _ in $(seq "$2"); do
+            obd-ublk attach --queues 1 --depth 16 "$a_config" >>/tmp/devices &
+            pids+=($!)
+        done
+        for pid in "${pids[@]}"; do
+            wait "$pid" || fail "an attach failed"
+        done
+        begun=$((begun + $2))
     done
-    [ "$(sort -u /tmp/devices | wc -l)" = 64 ] || fail "not 64 different devices"
-    [ "$(obd-ublk list --json | python3 -c 'import json,sys; print(len(json.load(sys.stdin)["devices"]))')" = 64 ]
+    [ "$(sort -u /tmp/devices | wc -l)" = "$1" ] || fail "not $1 different devices"
+    [ "$(obd-ublk list --json | python3 -c 'import json,sys; print(len(json.load(sys.stdin)["devices"]))')" = "$1" ]
     while read -r dev; do
         dd if="$dev" of=/dev/null bs=64k count=4 iflag=direct 2>/dev/null || fail "$dev"
     done </tmp/devices
+    pgrep obd-ublk | sed 's|.*|/proc/&/smaps_rollup|' | xargs cat |
+        awk '/^Pss:/ { sum += $2 } END { printf "%d KiB of memory for all servers\n", sum }' >&3
     while read -r dev; do
         obd-ublk detach "$dev" || fail "$dev"
     done </tmp/devices
     nothing_left
+}
+
+sixty_four_attaches_at_once_all_succeed() {
+    devices_live_at_once 64 64
+}
+
+two_hundred_and_fifty_six_devices_live_at_once() {
+    devices_live_at_once 256 16
 }
 
 server_pid() {
@@ -255,7 +292,7 @@ for device in json.load(sys.stdin)["devices"]:
 a_killed_server_is_cleared_by_detach_or_the_next_attach() {
     local dev pid
     for way in detach attach; do
-        dev=$(obd-ublk attach --id 5 "$a_config")
+        dev=$(obd-ublk attach --unsupervised --id 5 "$a_config")
         pid=$(server_pid "$dev")
         [ -n "$pid" ] || fail "no pid for $dev"
         kill -9 "$pid"
@@ -263,14 +300,14 @@ a_killed_server_is_cleared_by_detach_or_the_next_attach() {
         if [ "$way" = detach ]; then
             timeout 60 obd-ublk detach 5
         else
-            dev=$(timeout 60 obd-ublk attach --id 5 "$a_config")
+            dev=$(timeout 60 obd-ublk attach --unsupervised --id 5 "$a_config")
             [ "$dev" = /dev/ublkb5 ] || fail "the id was not free: $dev"
             timeout 60 obd-ublk detach "$dev"
         fi
         nothing_left
     done
     # Killed with reads in flight.
-    dev=$(obd-ublk attach "$a_config")
+    dev=$(obd-ublk attach --unsupervised "$a_config")
     fio --name=load --filename="$dev" --readonly --rw=randread --bs=4k --direct=1 \
         --ioengine=io_uring --iodepth=32 --size=16m --time_based --runtime=30 \
         --output=/tmp/fio.log >/dev/null 2>&1 &
@@ -318,24 +355,50 @@ wrong_options_are_refused_and_leave_nothing() {
         expect_status 64 obd-ublk attach "$wrong" "$a_config"
     done
     expect_status 64 obd-ublk attach
-    expect_status 4 obd-ublk attach "$folder/cases/stack3-rw/config.json"
     nothing_left
 }
+
+# shellcheck source=tests/vm/recovery.sh
+. "$(dirname "$0")/recovery.sh"
+# shellcheck source=tests/vm/write.sh
+. "$(dirname "$0")/write.sh"
+# shellcheck source=tests/vm/attach.sh
+. "$(dirname "$0")/attach.sh"
+# shellcheck source=tests/vm/upper.sh
+. "$(dirname "$0")/upper.sh"
+# shellcheck source=tests/vm/snapshot.sh
+. "$(dirname "$0")/snapshot.sh"
+# shellcheck source=tests/vm/registry.sh
+. "$(dirname "$0")/registry.sh"
+# shellcheck source=tests/vm/systemd.sh
+. "$(dirname "$0")/systemd.sh"
 
 wanted=("$@")
 smoke=(doctor_says_that_attach_works_here every_golden_image_reads_as_its_export
     a_device_claims_no_volatile_cache_and_no_discard ext4_stacks_mount_and_their_files_are_right
     the_caller_gets_one_line_and_is_not_held parallel_readers_meet_no_error
-    detach_under_load_ends_soon a_killed_server_is_cleared_by_detach_or_the_next_attach)
+    detach_under_load_ends_soon a_killed_server_is_cleared_by_detach_or_the_next_attach
+    "${recovery_smoke[@]}" "${attach_smoke[@]}" "${write_smoke[@]}" "${upper_smoke[@]}"
+    "${snapshot_smoke[@]}" "${registry_smoke[@]}")
 if [ "${wanted[*]}" = smoke ]; then
     wanted=("${smoke[@]}")
 fi
 for name in "${smoke[@]}" the_result_file_tells_success_and_failure \
     a_device_is_named_by_number_path_or_config facts_are_printed_as_json \
     an_open_close_storm_is_survived a_hundred_attaches_and_detaches_leave_nothing \
-    sixty_four_devices_live_at_once a_truncated_layer_gives_eio_and_the_server_lives \
-    a_foreground_server_stops_cleanly_on_sigterm wrong_options_are_refused_and_leave_nothing; do
+    sixty_four_attaches_at_once_all_succeed a_truncated_layer_gives_eio_and_the_server_lives \
+    a_foreground_server_stops_cleanly_on_sigterm wrong_options_are_refused_and_leave_nothing \
+    "${recovery_rest[@]}" "${attach_rest[@]}" "${upper_rest[@]}" \
+    "${snapshot_rest[@]}" "${systemd_smoke[@]}"; do
     check "$name"
 done
+# Those that are only run by name.
+if [ ${#wanted[@]} -gt 0 ]; then
+    for name in two_hundred_and_fifty_six_devices_live_at_once "${systemd_soak[@]}"; do
+        check "$name"
+    done
+fi
+# Once more at the end, where nobody has to look for them.
+[ "$failures" -eq 0 ] || sed 's/^/failed: /' /tmp/failed
 echo "$failures checks failed"
 exit "$failures"

@@ -1,0 +1,259 @@
+//! Images whose layers lie in a registry: read by the program through the cache, compared with what
+//! the reference says that they hold.
+
+#![cfg(feature = "registry")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+#[path = "../tools/mock-registry/mod.rs"]
+mod mock;
+
+use common::golden::{Case, Golden};
+use mock::{Fault, Mock, Part};
+use obd_ublk::registry::Digest;
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+
+/// A registry and an empty cache.
+struct World {
+    mock: Mock,
+    folder: tempfile::TempDir,
+}
+
+impl World {
+    fn new() -> Self {
+        Self { mock: Mock::start(), folder: tempfile::tempdir().unwrap() }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Puts the layers of a case into the registry; how a config names them.
+    fn push(&self, golden: &Golden, case: &Case) -> Vec<Value> {
+        let files = golden.materialise(case);
+        let layers = case.layers();
+        let push = |layer: &String| {
+            let bytes = fs::read(files.path(layer)).unwrap();
+            let digest = Digest::of(&bytes).to_string();
+            let size = bytes.len();
+            self.mock.state().content.blobs.insert(digest.clone(), bytes.into());
+            json!({"digest": digest, "size": size})
+        };
+        layers.iter().map(push).collect()
+    }
+
+    fn config(&self, lowers: &[Value]) -> PathBuf {
+        let path = self.path("config.json");
+        let config = json!({"repoBlobUrl": self.mock.blobs_of("img"), "lowers": lowers});
+        fs::write(&path, config.to_string()).unwrap();
+        path
+    }
+
+    /// Runs the program as somebody with this cache and no credentials.
+    fn run(&self, arguments: &[&str]) -> Output {
+        Command::new(env!("CARGO_BIN_EXE_obd-ublk"))
+            .args(arguments)
+            .env("OBD_UBLK_CACHE_DIR", self.path("cache"))
+            .env("OBD_UBLK_PLAIN_HTTP", self.mock.host())
+            .env("DOCKER_CONFIG", self.path("no-docker"))
+            .output()
+            .unwrap()
+    }
+
+    /// The digest of the image's whole disk.
+    fn sha256_of(&self, image: &str) -> String {
+        let output = self.run(&["export", image]);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{image}: {said}");
+        Sha256::digest(&output.stdout).iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+fn is_read_only_disk(case: &&Case) -> bool {
+    let kinds = ["lsmt-sealed", "zfile(lsmt)", "zfile(lsmt)+tar", "stack", "ext4-stack"];
+    kinds.contains(&case.kind.as_str())
+        && case.upper().is_none()
+        && case.virtual_size.is_some_and(|size| size < 64 << 20)
+}
+
+#[test]
+fn golden_images_in_a_registry_are_read_once_and_then_from_the_cache() {
+    let golden = Golden::load();
+    let mut read = 0;
+    for case in golden.cases().iter().filter(is_read_only_disk) {
+        let world = World::new();
+        let lowers = world.push(&golden, case);
+        let config = world.config(&lowers);
+        let config = config.to_str().unwrap();
+        let expected = case.expected_sha256.clone().unwrap();
+        assert_eq!(world.sha256_of(config), expected, "{}", case.name);
+        let requests = world.mock.count(Part::Blob);
+        assert!(requests > 0, "{}", case.name);
+        // Another process, and nobody is asked again. The registry may be gone.
+        world.mock.fail(Part::Blob, u64::MAX, Fault::status(500));
+        assert_eq!(world.sha256_of(config), expected, "{}", case.name);
+        assert_eq!(world.mock.count(Part::Blob), requests, "{}", case.name);
+        read += 1;
+    }
+    assert!(read >= 10, "{read} images");
+}
+
+#[test]
+fn an_image_is_named_by_its_reference_or_by_its_layout() {
+    let golden = Golden::load();
+    let case = golden.cases().iter().find(|case| case.name == "stack8").unwrap();
+    let world = World::new();
+    let lowers = world.push(&golden, case);
+    let expected = case.expected_sha256.clone().unwrap();
+    let ids: Vec<_> = lowers.iter().map(|layer| layer["digest"].clone()).collect();
+    let config = json!({"rootfs": {"type": "layers", "diff_ids": ids}}).to_string().into_bytes();
+    let config_digest = Digest::of(&config).to_string();
+    let layers: Vec<Value> = lowers
+        .iter()
+        .map(|layer| {
+            json!({
+                "mediaType": "application/vnd.oci.image.layer.v1.tar",
+                "digest": layer["digest"], "size": layer["size"],
+                "annotations":
+                    {"containerd.io/snapshot/overlaybd/blob-digest": layer["digest"]},
+            })
+        })
+        .collect();
+    let manifest = json!({
+        "schemaVersion": 2, "mediaType": MANIFEST, "layers": layers,
+        "config": {
+            "mediaType": "application/vnd.oci.image.config.v1+json",
+            "digest": config_digest, "size": config.len(),
+        },
+    });
+    let manifest = manifest.to_string().into_bytes();
+    let layout = world.path("layout");
+    let blobs = layout.join("blobs/sha256");
+    fs::create_dir_all(&blobs).unwrap();
+    let write = |digest: &str, bytes: &[u8]| {
+        fs::write(blobs.join(digest.strip_prefix("sha256:").unwrap()), bytes).unwrap();
+    };
+    {
+        let mut state = world.mock.state();
+        for (digest, bytes) in &state.content.blobs {
+            write(digest, bytes);
+        }
+        state.content.blobs.insert(config_digest.clone(), config.clone().into());
+        state.content.manifests.insert("v1".to_owned(), (MANIFEST.to_owned(), manifest.clone()));
+    }
+    let reference = format!("docker://{}/img:v1", world.mock.host());
+    assert_eq!(world.sha256_of(&reference), expected);
+    // By its digest, too, and not by another one.
+    let digest = Digest::of(&manifest).to_string();
+    world
+        .mock
+        .state()
+        .content
+        .manifests
+        .insert(digest.clone(), (MANIFEST.to_owned(), manifest.clone()));
+    let reference = format!("docker://{}/img@{digest}", world.mock.host());
+    assert_eq!(world.sha256_of(&reference), expected);
+    let verified = world.run(&["verify", &reference]);
+    assert!(verified.status.success(), "{verified:?}");
+    write(&config_digest, &config);
+    write(&digest, &manifest);
+    let index = json!({"schemaVersion": 2, "manifests": [
+        {"mediaType": MANIFEST, "digest": digest, "size": manifest.len()},
+    ]});
+    fs::write(layout.join("index.json"), index.to_string()).unwrap();
+    fs::write(layout.join("oci-layout"), "{\"imageLayoutVersion\":\"1.0.0\"}").unwrap();
+    let layout = format!("oci-layout:{}", layout.display());
+    let requests = world.mock.count(Part::Blob);
+    assert_eq!(world.sha256_of(&layout), expected);
+    assert_eq!(world.mock.count(Part::Blob), requests, "a folder needs no registry");
+}
+
+#[test]
+fn a_layer_that_cannot_be_had_is_told_in_one_line_with_its_place() {
+    let golden = Golden::load();
+    let case = golden.cases().iter().find(|case| case.name == "stack8").unwrap();
+    let world = World::new();
+    let mut lowers = world.push(&golden, case);
+    let absent = format!("sha256:{}", "0".repeat(64));
+    lowers[3]["digest"] = absent.clone().into();
+    let config = world.config(&lowers);
+    let output = world.run(&["export", config.to_str().unwrap(), "-o", "/dev/null"]);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(6), "{said}");
+    let line = said.lines().last().unwrap();
+    for part in ["open layer 3", &absent, &world.mock.host(), "404"] {
+        assert!(line.contains(part), "{part}: {line}");
+    }
+    // Nowhere to look for it.
+    let path = world.path("nowhere.json");
+    fs::write(&path, json!({"lowers": [{"digest": absent}]}).to_string()).unwrap();
+    let output = world.run(&["export", path.to_str().unwrap()]);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(6), "{said}");
+    assert!(said.contains("no repoBlobUrl"), "{said}");
+}
+
+/// Row 9: what was damaged on its way is noticed by the codec or by the digest of the whole, and
+/// the cache does not keep giving it out.
+#[test]
+fn row_9_bytes_that_were_damaged_on_their_way_are_not_served_as_right() {
+    let golden = Golden::load();
+    let case = golden.cases().iter().find(|case| case.name == "zfile-lz4-4k-random").unwrap();
+    let expected = case.expected_sha256.clone().unwrap();
+    let mut refused = 0;
+    for times in 1..6 {
+        let world = World::new();
+        let lowers = world.push(&golden, case);
+        let config = world.config(&lowers);
+        let config = config.to_str().unwrap();
+        world.mock.fail(Part::Blob, times, Fault::Corrupt);
+        // Each run may meet what is damaged, and has it thrown away for the next.
+        let healed = (0..4).any(|_| {
+            let output = world.run(&["export", config]);
+            let found = common::golden::hex(&Sha256::digest(&output.stdout));
+            let good = output.status.success();
+            assert!(!good || found == expected, "wrong bytes after {times} damaged answers");
+            refused += usize::from(!good);
+            good
+        });
+        assert!(healed, "it stays damaged after {times} damaged answers");
+    }
+    assert!(refused > 0, "the damage is noticed");
+}
+
+#[test]
+fn the_cache_is_listed_checked_and_emptied() {
+    let golden = Golden::load();
+    let case = golden.cases().iter().find(|case| case.name == "stack8").unwrap();
+    let world = World::new();
+    let lowers = world.push(&golden, case);
+    let config = world.config(&lowers);
+    world.sha256_of(config.to_str().unwrap());
+    let facts = |arguments: &[&str], code: i32| -> Value {
+        let output = world.run(arguments);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {said}");
+        serde_json::from_slice(&output.stdout).unwrap_or_default()
+    };
+    let blobs = facts(&["cache", "ls", "--json"], 0)["blobs"].as_array().unwrap().clone();
+    assert_eq!(blobs.len(), lowers.len());
+    let names: Vec<&Value> = lowers.iter().map(|lower| &lower["digest"]).collect();
+    assert!(blobs.iter().all(|blob| names.contains(&&blob["digest"])), "{blobs:?}");
+    let stat = facts(&["cache", "stat", "--json"], 0);
+    assert_eq!(stat["whole"].as_u64().unwrap() + stat["partial"].as_u64().unwrap(), 8);
+    assert_eq!(facts(&["cache", "fsck", "--json"], 0)["whole_bad"], json!([]));
+    let digest = names[0].as_str().unwrap();
+    facts(&["cache", "rm", digest], 0);
+    facts(&["cache", "rm", digest], 6);
+    facts(&["cache", "rm", "sha256:no"], 2);
+    assert_eq!(facts(&["cache", "gc", "--to", "0", "--json"], 0)["removed"], 7);
+    assert_eq!(facts(&["cache", "ls", "--json"], 0)["blobs"], json!([]));
+    // All of it is there to be had again.
+    world.sha256_of(config.to_str().unwrap());
+}
