@@ -154,13 +154,16 @@ impl Access {
         let wanted = challenge::wanted(answer.all(header::WWW_AUTHENTICATE));
         let mut state = self.state();
         let Some(sent) = sent else {
+            if state.granted.is_some() {
+                // Somebody has learned meanwhile what is wanted, and got it.
+                return Turn::Again;
+            }
             let turn = if wanted.is_some() { Turn::Again } else { Turn::Denied };
             (state.wanted, state.granted) = (wanted, None);
             return turn;
         };
-        let is_newest = state.granted.as_ref().is_some_and(|newest| Arc::ptr_eq(newest, sent));
-        if state.granted.is_some() && !is_newest {
-            // Somebody has renewed it meanwhile.
+        if state.granted.as_ref().is_some_and(|newest| newest.header != sent.header) {
+            // Somebody has renewed it meanwhile. (A password that was read again is the same.)
             return Turn::Again;
         }
         let was_basic = state.wanted == Some(Wanted::Basic);

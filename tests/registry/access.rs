@@ -207,7 +207,9 @@ fn row_5_a_refusal_waits_for_the_credential_that_works() {
                 .collect();
             std::thread::sleep(arrival);
             let early = lab.mock.count(Part::Blob);
-            assert!(early <= 20, "{name}: {early} requests while there was nothing new to say");
+            // One each that learns what is wanted, and one that shows it. (Readers that had the
+            // same refused password read again for each other used to show it up to four times.)
+            assert!(early <= 16, "{name}: {early} requests while there was nothing new to say");
             write_credentials(&path, &lab.mock.host(), PASSWORD);
             for reader in readers {
                 assert_eq!(reader.join().unwrap().unwrap(), lab.content[..1000], "{name}");
