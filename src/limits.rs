@@ -159,6 +159,10 @@ pub const PACKET_FILES_MAX: usize = 200;
 /// Open files that the supervisor keeps for one device: its map and its layers.
 pub const PARCEL_FILES_MAX: usize = LAYER_COUNT_MAX + 1;
 
+/// Parcels that systemd keeps for the supervisor: two of each device while one takes the other's
+/// place, for as many devices as there may be links ([`SUPERVISOR_LINKS_MAX`]).
+pub const STORED_PARCELS_MAX: usize = 2 * SUPERVISOR_LINKS_MAX;
+
 /// Connections that the supervisor has at one time: a link for each device, and some for people.
 /// More devices than this on one host need more than one run folder.
 pub const SUPERVISOR_LINKS_MAX: usize = 4096;

@@ -14,6 +14,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use std::ffi::OsString;
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::MetadataExt;
@@ -29,8 +30,16 @@ fn told(action: &'static str) -> impl Fn(nix::Error) -> Error {
 /// # Errors
 /// When `/proc/self/fd` cannot be read: a caller could then wait for us for ever.
 pub(super) fn close_inherited_files() -> Result<()> {
+    close_inherited_files_but(0..0)
+}
+
+/// As [`close_inherited_files`], but for those in `kept`.
+///
+/// # Errors
+/// As there.
+pub(super) fn close_inherited_files_but(kept: Range<RawFd>) -> Result<()> {
     let inherited = open_files().map_err(|error| Error::io("read /proc/self/fd", &error))?;
-    for file in inherited.into_iter().filter(|file| *file > 2) {
+    for file in inherited.into_iter().filter(|file| *file > 2 && !kept.contains(file)) {
         // The listing's own descriptor is among them and closed already: EBADF is fine.
         let _ = nix::unistd::close(file);
     }

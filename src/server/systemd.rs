@@ -26,13 +26,15 @@
 //! systemd's own killer for lack of memory is told to keep off.
 //!
 //! The supervisor's service may be stopped: only its main process ends, and the servers have it
-//! started again. If it is killed, systemd starts it again.
+//! started again. If it is killed, systemd starts it again and gives it what it had stored of the
+//! devices ([`super::supervisor`]).
 //!
 //! The properties are those of systemd 248; an older one refuses them, and processes are started
 //! without it, with a warning.
 
 use super::process::monotonic_ns;
 use super::run_dir::{RUN_DIR_VARIABLE, RunDir};
+use crate::limits::STORED_PARCELS_MAX;
 use crate::telemetry::LOG_VARIABLE;
 use std::ffi::{OsStr, OsString};
 use std::io::Read;
@@ -155,9 +157,12 @@ fn supervisor_line(
         "--property=ManagedOOMPreference=omit",
         // As much as a kernel allows by default: it keeps the open layers of all devices.
         "--property=LimitNOFILE=1048576",
+        // What it keeps outlives it: `supervisor::store`.
+        "--property=NotifyAccess=main",
     ]
     .map(OsString::from)
     .into();
+    line.push(format!("--property=FileDescriptorStoreMax={STORED_PARCELS_MAX}").into());
     line.push(format!("--unit={}", supervisor_name(run)).into());
     let mut set = |name: &str, value: &OsStr| {
         let mut option = OsString::from(format!("--setenv={name}="));
@@ -300,7 +305,8 @@ mod tests {
             --property=DefaultDependencies=no|--property=Restart=on-failure|\
             --property=KillMode=process|--property=OOMScoreAdjust=-999|\
             --property=OOMPolicy=continue|--property=ManagedOOMPreference=omit|\
-            --property=LimitNOFILE=1048576|\
+            --property=LimitNOFILE=1048576|--property=NotifyAccess=main|\
+            --property=FileDescriptorStoreMax=8192|\
             --unit=obd-ublk-supervisor-a80261b9a8794801.service|\
             --setenv=OBD_UBLK_RUN_DIR=/srv/r u|--setenv=OBD_UBLK_LOG=debug|--|/p|supervise";
         assert_eq!(joined(&line), expected);

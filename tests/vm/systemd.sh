@@ -161,6 +161,13 @@ under_systemd_devices_and_supervisor_have_units_of_their_own() {
     in_system kill -9 "$server"
     live_in_system "$dev" "$server"
     expect_group "$(server_in_system "$dev")" "$scope"
+    # Both die at once: systemd gives the new supervisor what the old one knew.
+    old=$(supervisor_in_system)
+    server=$(server_in_system "$dev")
+    in_system kill -9 "$old" "$server"
+    live_in_system "$dev" "$server"
+    in_system obd-ublk stat "$dev" | grep recovery >&3
+    in_system obd-ublk stat "$dev" | grep -q parcel || fail "no parcel outlived the supervisor"
     # It is stopped with its unit: the server has it started again.
     old=$(supervisor_in_system)
     in_system systemctl stop obd-ublk-supervisor.service

@@ -7,6 +7,8 @@
 //!                                               takes over, serves, guards N in its turn
 //! ```
 //!
+//! Where systemd started it, what it keeps is in systemd's hands as well ([`store`]).
+//!
 //! It is started by the first server that needs it, by a lock there is one per run folder, and it
 //! ends when nothing is left to guard. It only ever starts successors and clears what cannot come
 //! back: it serves nothing, opens no image and waits for nobody, so little can go wrong with it.
@@ -19,6 +21,7 @@
 mod link;
 mod policy;
 mod run;
+mod store;
 mod ward;
 
 pub use link::SUPERVISE_COMMAND;

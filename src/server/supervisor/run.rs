@@ -2,6 +2,7 @@
 
 use super::link::{open_packet, send_parcel};
 use super::policy::{Remains, Verdict, verdict};
+use super::store::{DescriptorStore, Given, Stored};
 use super::ward::{Aim, Entering, LinkId, Upgrade, Ward};
 use super::{LOST_NAME, socket_path};
 use crate::error::{Error, ErrorKind, Result};
@@ -82,6 +83,10 @@ struct Supervisor {
     repeats_takeovers: bool,
     idle_since: Instant,
     later_looks: Vec<Instant>,
+    /// Where what is known of devices outlives this process.
+    store: Option<DescriptorStore>,
+    /// What the supervisor before this one knew of devices that nobody has spoken for yet.
+    stored: BTreeMap<u32, Stored>,
     /// Until when no scopes are asked for.
     unscoped_until: Option<Instant>,
     /// Whether a supervisor of another version is to take this one's place.
@@ -93,7 +98,8 @@ struct Supervisor {
 /// # Errors
 /// What keeps a supervisor from working at all.
 pub fn supervise() -> Result<()> {
-    isolate::close_inherited_files()?;
+    let given = Given::of_environment();
+    isolate::close_inherited_files_but(given.files())?;
     isolate::leave_session()?;
     let run = RunDir::of_host();
     run.prepare()?;
@@ -120,10 +126,16 @@ pub fn supervise() -> Result<()> {
         repeats_takeovers: HostKernel.repeats_takeovers(),
         idle_since: Instant::now(),
         later_looks: LATER_LOOKS.iter().rev().map(|delay| Instant::now() + *delay).collect(),
+        store: DescriptorStore::of_environment(),
+        stored: BTreeMap::new(),
         unscoped_until: None,
         retired: false,
         run,
     };
+    let received = given.receive();
+    if let Some(store) = &mut supervisor.store {
+        supervisor.stored = store.renew(received);
+    }
     supervisor.adopt_orphans();
     let outcome = supervisor.work();
     let _ = std::fs::remove_file(&socket);
@@ -171,7 +183,9 @@ impl Supervisor {
             let is_known = self.wards.contains_key(&id);
             if !is_known && self.remains(id, None).is_some_and(|remains| !remains.server_lives) {
                 tracing::info!(dev_id = id, "found without a server");
-                self.wards.entry(id).or_default();
+                // It may be of an older attach: the successor compares it with the state file.
+                let Stored { program, parcel } = self.stored.remove(&id).unwrap_or_default();
+                self.wards.insert(id, Ward { program, parcel, ..Ward::default() });
                 self.server_is_gone(id);
             }
         }
@@ -355,6 +369,8 @@ impl Supervisor {
                 let Some(ward) = self.wards.get_mut(&id) else { return };
                 if !ward.take_parcel(files, last, PARCEL_FILES_MAX) {
                     tracing::warn!(dev_id = id, "a parcel of too many files is not kept");
+                } else if last && ward.live_since.is_some() {
+                    self.store(id);
                 }
             }
             (Role::Server(id), Note::Live) => self.is_live(id),
@@ -383,11 +399,26 @@ impl Supervisor {
         }
     }
 
+    /// Keeps what is known of device `id` where it outlives this process.
+    fn store(&mut self, id: u32) {
+        let (Some(store), Some(ward)) = (&mut self.store, self.wards.get(&id)) else { return };
+        store.keep(id, ward.program.as_ref(), &ward.parcel);
+    }
+
+    /// Lets go of what outlives this process of device `id`: files would stay open, and locked.
+    fn unstore(&mut self, id: u32) {
+        self.stored.remove(&id);
+        if let Some(store) = &mut self.store {
+            store.drop(id);
+        }
+    }
+
     fn guard(&mut self, link: LinkId, id: u32, server: Process) {
         let program = PathBuf::from(format!("/proc/{}/exe", server.pid));
         let program = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(program).ok();
         // Whatever was known of the number was of another device, or of another life of this one:
         // its parcel, its deaths and its successor are not this server's.
+        self.unstore(id);
         let before = self.wards.remove(&id).unwrap_or_default();
         for stale in [before.server, before.successor].into_iter().flatten() {
             self.links.remove(&stale);
@@ -419,6 +450,8 @@ impl Supervisor {
         for person in std::mem::take(&mut ward.waiting) {
             self.answer_and_close(person, &Note::Done { pause_us: None });
         }
+        // Only now is it certain which program serves it. Nobody waits for this.
+        self.store(id);
     }
 
     fn has_taken_over(&mut self, link: LinkId, id: u32) {
@@ -563,6 +596,7 @@ impl Supervisor {
     }
 
     fn forget(&mut self, id: u32, why: &str) {
+        self.unstore(id);
         let Some(ward) = self.wards.remove(&id) else { return };
         tracing::info!(dev_id = id, "not guarded any more: {why}");
         let error = Error::new(ErrorKind::Canceled, format!("device {id}: {why}"));
@@ -712,6 +746,12 @@ impl Supervisor {
         let now = Instant::now();
         if self.later_looks.pop_if(|due| *due <= now).is_some() {
             self.adopt_orphans();
+            if self.later_looks.is_empty() {
+                // Whoever has not come by now does not come.
+                for id in std::mem::take(&mut self.stored).into_keys() {
+                    self.unstore(id);
+                }
+            }
         }
         self.end_waits_for_scopes(now);
         let is_due = |due: Option<Instant>| due.is_some_and(|due| due <= now);

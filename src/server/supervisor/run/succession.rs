@@ -1,6 +1,7 @@
 //! Starting the process that takes a device over.
 
 use super::*;
+use crate::server::supervisor::store::SYSTEMD_VARIABLES;
 
 impl Supervisor {
     /// Starts a process that takes device `id` over.
@@ -27,6 +28,9 @@ impl Supervisor {
         let theirs = theirs.into_file();
         let program = program_of(ward, aim);
         let give = |mut command: Command| -> std::io::Result<Child> {
+            for variable in SYSTEMD_VARIABLES {
+                command.env_remove(variable);
+            }
             command
                 .env(RUN_DIR_VARIABLE, self.run.path())
                 .stdin(Stdio::from(theirs.try_clone()?))

@@ -19,6 +19,8 @@ fn supervisor() -> (tempfile::TempDir, Supervisor) {
         repeats_takeovers: false,
         idle_since: Instant::now(),
         later_looks: Vec::new(),
+        store: None,
+        stored: BTreeMap::new(),
         unscoped_until: None,
         retired: false,
         run,
@@ -173,4 +175,29 @@ fn a_supervisor_retires_only_when_nothing_is_lost_with_it() {
     supervisor.heard(link, Note::Live, Vec::new());
     assert_eq!(ask(&mut supervisor), Note::Done { pause_us: None });
     assert!(supervisor.retired);
+}
+
+/// A supervisor that had died together with a server used to leave its successor to open every
+/// layer by name.
+#[test]
+fn what_the_supervisor_before_kept_of_a_dead_server_is_given_to_its_successor() {
+    let (_folder, mut supervisor) = supervisor();
+    write_down(&supervisor, 0, Phase::Live);
+    let dead = Process { pid: u32::MAX, start_ticks: 1 };
+    let state = supervisor.run.state(0).unwrap().unwrap();
+    State { server: dead, ..state }.save(&supervisor.run.folder(0)).unwrap();
+    // Device 1 is served; its server will speak for itself.
+    write_down(&supervisor, 1, Phase::Live);
+    let stored = |files| Stored {
+        program: Some(some_file()),
+        parcel: std::iter::repeat_with(some_file).take(files).collect(),
+    };
+    supervisor.stored = [(0, stored(3)), (1, stored(2))].into();
+    supervisor.adopt_orphans();
+    let ward = &supervisor.wards[&0];
+    assert_eq!((ward.parcel.len(), ward.program.is_some()), (3, true));
+    assert!(ward.retry_at.is_some());
+    assert!(!supervisor.wards.contains_key(&1));
+    let _server = guard(&mut supervisor, 1, Process::current());
+    assert!(supervisor.stored.is_empty(), "the server's own parcel comes");
 }
