@@ -2,21 +2,22 @@
 
 use super::args::{DeviceName, pair_of_config, parse_size};
 use super::output;
-use crate::error::{Error, ErrorKind, Result};
-use crate::server::device_path;
+use crate::error::{Result, ResultExt};
+use crate::server::{self, RunDir, device_path};
 use crate::upper::{self, PairOptions};
 use serde_json::json;
 use std::ffi::OsString;
 
-/// Make the disk of an upper larger, while it is not attached
+/// Make the disk of an upper larger, attached or not
 ///
 /// Its content stays; what comes behind it reads as zeros. Tell the file system afterwards, with
 /// resize2fs or xfs_growfs for instance. A power cut meanwhile leaves the old size or the new. A
-/// disk that is attached keeps its size until it is detached.
+/// disk that is attached grows where the kernel can do that, from 6.16 on; writes wait for some
+/// milliseconds.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The config that names the upper
-    #[arg(value_name = "CONFIG")]
+    /// The device, or the config that names the upper of one that is not attached
+    #[arg(value_name = "DEV|CONFIG")]
     disk: OsString,
 
     /// The new size in bytes, or with K, M, G or T for powers of 1024; not below what it has
@@ -29,19 +30,13 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let config = match DeviceName::parse(&args.disk) {
-        DeviceName::Config(path) => path,
-        DeviceName::Id(id) => {
-            let device = device_path(id);
-            let message = format!(
-                "{0} cannot be resized while it is attached: detach it, resize its config, and \
-                 attach that again",
-                device.display()
-            );
-            return Err(Error::new(ErrorKind::Unsupported, message));
+    let before = match DeviceName::parse(&args.disk) {
+        DeviceName::Config(path) => {
+            upper::resize(&pair_of_config(&path)?, &PairOptions::default(), args.size)?
         }
+        DeviceName::Id(id) => server::resize(&RunDir::of_host(), id, args.size)
+            .context(|| format!("resize {}", device_path(id).display()))?,
     };
-    let before = upper::resize(&pair_of_config(&config)?, &PairOptions::default(), args.size)?;
     if args.json {
         let facts = json!({ "size_bytes_before": before, "size_bytes": args.size });
         return output::print_facts(facts, true);

@@ -147,21 +147,34 @@ impl LiveImage {
         deadline: Instant,
         make: impl FnOnce(&Arc<WritableImage>) -> Result<(WritableImage, T)>,
     ) -> Result<T> {
+        self.pause(deadline, |of_before| {
+            let (image, outcome) = make(of_before)?;
+            let mut current = self.shared.current.write().unwrap_or_else(PoisonError::into_inner);
+            *current = Current { turn: current.turn + 1, image: Arc::new(image) };
+            self.shared.turn.store(current.turn, Ordering::SeqCst);
+            Ok(outcome)
+        })
+    }
+
+    /// Lets `act` work on the image while nobody writes. Waits until `deadline` at most for writes
+    /// in flight.
+    ///
+    /// # Errors
+    /// As [`LiveImage::change`].
+    pub fn pause<T>(
+        &self,
+        deadline: Instant,
+        act: impl FnOnce(&Arc<WritableImage>) -> Result<T>,
+    ) -> Result<T> {
         let Ok(_changing) = self.shared.changing.try_lock() else {
             return Err(Error::new(ErrorKind::Busy, "the image is being exchanged already"));
         };
         self.shared.stopped.store(true, Ordering::SeqCst);
         let stopped = Stopped(&self.shared);
         self.shared.drain(deadline)?;
-        let of_before = self.current();
-        let (image, outcome) = make(&of_before)?;
-        {
-            let mut current = self.shared.current.write().unwrap_or_else(PoisonError::into_inner);
-            *current = Current { turn: current.turn + 1, image: Arc::new(image) };
-            self.shared.turn.store(current.turn, Ordering::SeqCst);
-        }
+        let outcome = act(&self.current());
         drop(stopped);
-        Ok(outcome)
+        outcome
     }
 }
 

@@ -47,6 +47,28 @@ pub(super) enum Event {
     Snapshot(SnapshotWish),
     /// A snapshot was taken, or not.
     Snapshotted(Box<Snapshotted>),
+    /// A client asks for a larger disk.
+    Resize(ResizeWish),
+    /// The disk is larger, or not.
+    Resized(Box<Resized>),
+}
+
+/// A resize that somebody waits for.
+#[derive(Debug)]
+pub(super) struct ResizeWish {
+    /// The new size.
+    pub(super) bytes: u64,
+    /// Gets the size before.
+    pub(super) answer: Sender<Result<u64>>,
+}
+
+/// How a resize of the upper went.
+#[derive(Debug)]
+pub(super) struct Resized {
+    pub(super) bytes: u64,
+    /// The size before.
+    pub(super) grown: Result<u64>,
+    pub(super) answer: Sender<Result<u64>>,
 }
 
 /// A snapshot that somebody waits for.
@@ -138,12 +160,12 @@ fn serve(client: UnixStream, events: &Sender<Event>) {
     match op {
         // It may take long, if much is to be flushed: others are not to wait for it. There is never
         // more than one that is not refused at once.
-        Ok(op @ Op::Snapshot(_)) => {
+        Ok(op @ (Op::Snapshot(_) | Op::Resize(_))) => {
             let events = events.clone();
             let work = move || reply_to(&client, ask(op, &client, &events));
             let spawned = std::thread::Builder::new().name("control".to_owned()).spawn(work);
             if let Err(error) = spawned {
-                tracing::warn!(%error, "control socket: no thread for a snapshot");
+                tracing::warn!(%error, "control socket: no thread for a request");
             }
         }
         op => reply_to(&client, op.and_then(|op| ask(op, &client, events))),
@@ -187,6 +209,11 @@ fn ask(op: Op, client: &UnixStream, events: &Sender<Event>) -> Result<Reply> {
             events.send(Event::Snapshot(wish)).map_err(|_| ending())?;
             // It ends: writes in flight have a deadline, and files no more than others have.
             answered.recv().map_err(|_| ending())?.map(Reply::snapshot)
+        }
+        Op::Resize(bytes) => {
+            let (answer, answered) = channel();
+            events.send(Event::Resize(ResizeWish { bytes, answer })).map_err(|_| ending())?;
+            answered.recv().map_err(|_| ending())?.map(Reply::resized)
         }
     }
 }

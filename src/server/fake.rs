@@ -123,6 +123,15 @@ impl Kernel for FakeKernel {
         self.take_away(id, "delete")
     }
 
+    fn check_resize(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn resize(&self, id: u32, sectors: u64) -> Result<()> {
+        self.host().events.push(format!("resize {id} to {sectors}"));
+        Ok(())
+    }
+
     fn hold(&self, id: u32) -> Result<File> {
         if self.host().mounted.contains(&id) {
             return Err(Error::new(ErrorKind::Busy, "mounted"));

@@ -57,6 +57,18 @@ pub trait Kernel {
     /// `NotFound`, or what the front end says.
     fn delete(&self, id: u32) -> Result<()>;
 
+    /// Whether the kernel can make a device larger that is in use.
+    ///
+    /// # Errors
+    /// `Unsupported` when it cannot; when the driver cannot be asked.
+    fn check_resize(&self) -> Result<()>;
+
+    /// Tells the kernel that the disk of device `id`, which this process serves, has `sectors` now.
+    ///
+    /// # Errors
+    /// What the front end says. The device has the size of before then.
+    fn resize(&self, id: u32, sectors: u64) -> Result<()>;
+
     /// Opens the device so that nobody can mount it, or take it in any other exclusive way.
     ///
     /// # Errors
@@ -255,6 +267,14 @@ mod real {
 
         fn delete(&self, id: u32) -> Result<()> {
             ublk::delete(id)
+        }
+
+        fn check_resize(&self) -> Result<()> {
+            ublk::check_resize()
+        }
+
+        fn resize(&self, id: u32, sectors: u64) -> Result<()> {
+            ublk::resize(id, sectors)
         }
 
         fn hold(&self, id: u32) -> Result<File> {

@@ -37,6 +37,7 @@ mod portable;
 mod prepare;
 mod process;
 pub mod protocol;
+mod resize;
 mod result_file;
 mod run_dir;
 mod serve;
@@ -52,6 +53,7 @@ mod survey;
 mod systemd;
 #[cfg(test)]
 mod tests;
+mod turn;
 mod wire;
 
 pub use create::create_disk;
@@ -119,4 +121,21 @@ pub fn snapshot(run: &RunDir, id: u32, order: SnapshotOrder) -> Result<SnapshotR
     let reply = client::request(&socket, Op::Snapshot(Box::new(order)), SNAPSHOT_PATIENCE)?;
     let missing = || Error::new(ErrorKind::Corrupt, "control reply: no snapshot in it");
     reply.snapshot.ok_or_else(missing)
+}
+
+/// How long a resize may take: a flush, as with a snapshot.
+const RESIZE_PATIENCE: Duration = SNAPSHOT_PATIENCE;
+
+/// Grows the disk of device `id` to `bytes` while it is attached; the size that it had. Blocks
+/// until the kernel knows.
+///
+/// # Errors
+/// `NotFound`, `Unsupported` when this kernel or the upper cannot, `ReadOnly`, `Busy` while another
+/// change is under way, `Usage` for a size that is no disk's or too small, `NoSpace`. When the pair
+/// has grown and the kernel does not, the error is the kernel's: the same resize ends it.
+pub fn resize(run: &RunDir, id: u32, bytes: u64) -> Result<u64> {
+    let socket = run_dir::socket_in(&run.folder(id));
+    let reply = client::request(&socket, Op::Resize(bytes), RESIZE_PATIENCE)?;
+    let missing = || Error::new(ErrorKind::Corrupt, "control reply: no size in it");
+    reply.resized.ok_or_else(missing)
 }

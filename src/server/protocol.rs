@@ -37,6 +37,8 @@ pub enum Op {
     StopForce,
     /// Make the upper a layer and put a new one in its place. The reply comes when that is done.
     Snapshot(Box<SnapshotOrder>),
+    /// Grow the disk to so many bytes. The reply comes when the kernel knows.
+    Resize(u64),
 }
 
 impl Op {
@@ -48,6 +50,7 @@ impl Op {
             Self::StopLazy => "stop-lazy",
             Self::StopForce => "stop-force",
             Self::Snapshot(_) => "snapshot",
+            Self::Resize(_) => "resize",
         }
     }
 }
@@ -58,6 +61,8 @@ struct Request<'a> {
     op: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
     snapshot: Option<&'a SnapshotOrder>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    size_bytes: Option<u64>,
 }
 
 #[derive(Deserialize)]
@@ -66,6 +71,8 @@ struct RawRequest {
     op: String,
     #[serde(default)]
     snapshot: Option<Box<SnapshotOrder>>,
+    #[serde(default)]
+    size_bytes: Option<u64>,
 }
 
 /// The answer to one request.
@@ -85,6 +92,9 @@ pub struct Reply {
     /// The answer to [`Op::Snapshot`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<SnapshotReport>,
+    /// The answer to [`Op::Resize`]: the size before, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resized: Option<u64>,
 }
 
 /// An error on its way between processes.
@@ -174,13 +184,19 @@ impl Reply {
     /// The request was carried out.
     #[must_use]
     pub fn done() -> Self {
-        Self { v: VERSION, ok: true, error: None, stat: None, snapshot: None }
+        Self { v: VERSION, ok: true, error: None, stat: None, snapshot: None, resized: None }
     }
 
     /// The answer to [`Op::Snapshot`].
     #[must_use]
     pub fn snapshot(report: SnapshotReport) -> Self {
         Self { snapshot: Some(report), ..Self::done() }
+    }
+
+    /// The answer to [`Op::Resize`].
+    #[must_use]
+    pub fn resized(before_bytes: u64) -> Self {
+        Self { resized: Some(before_bytes), ..Self::done() }
     }
 
     /// The answer to [`Op::Stat`].
@@ -252,7 +268,8 @@ const KINDS: [ErrorKind; 15] = [
 #[must_use]
 pub fn encode_request(op: &Op) -> Vec<u8> {
     let snapshot = if let Op::Snapshot(order) = op { Some(&**order) } else { None };
-    line(&Request { v: VERSION, op: op.name(), snapshot })
+    let size_bytes = if let Op::Resize(bytes) = op { Some(*bytes) } else { None };
+    line(&Request { v: VERSION, op: op.name(), snapshot, size_bytes })
 }
 
 /// The operation that a request line asks for.
@@ -276,6 +293,10 @@ pub fn parse_request(line: &[u8]) -> Result<Op> {
         "snapshot" => {
             let missing = || Error::new(ErrorKind::Usage, "control request: snapshot of what?");
             request.snapshot.map(Op::Snapshot).ok_or_else(missing)
+        }
+        "resize" => {
+            let missing = || Error::new(ErrorKind::Usage, "control request: resize to what?");
+            request.size_bytes.map(Op::Resize).ok_or_else(missing)
         }
         other => unsupported(format!("control request: op: found {other:?}")),
     }
@@ -350,6 +371,7 @@ mod tests {
                 "{\"v\":1,\"op\":\"snapshot\",\"snapshot\":{\"layer\":\"/l\",\"upper\":\"/u\",\
                  \"config\":\"/c\"}}\n",
             ),
+            (Op::Resize(1 << 20), "{\"v\":1,\"op\":\"resize\",\"size_bytes\":1048576}\n"),
         ] {
             assert_eq!(String::from_utf8(encode_request(&op)).unwrap(), line);
             assert_eq!(parse_request(line.as_bytes()).unwrap(), op);

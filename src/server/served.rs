@@ -10,9 +10,9 @@ use super::protocol::DeviceStat;
 use super::protocol::notes::Note;
 use super::run_dir::{RunDir, Slot};
 use super::served_disk::remove_ephemeral;
-use super::snapshot::Turn;
 use super::state::{Phase, State};
 use super::supervisor::{Link, ParcelFiles};
+use super::turn::Turn;
 use crate::error::{Error, ErrorKind, Result};
 use std::fs::File;
 use std::sync::Arc;
@@ -131,7 +131,7 @@ pub(super) fn serve<K: Kernel>(
 ) -> Result<()> {
     let mut lazy = up.state.lazy;
     let mut search = Search::default();
-    let mut snapshot = Turn::default();
+    let mut turn = Turn::default();
     loop {
         let pause = if lazy {
             Some(LAZY_PAUSE)
@@ -149,7 +149,7 @@ pub(super) fn serve<K: Kernel>(
                     search.begin(&up, run, events);
                 }
                 if lazy
-                    && !snapshot.is_under_way()
+                    && !turn.is_under_way()
                     && let Ok(held) = kernel.hold(up.slot.id())
                 {
                     let outcome = take_down(up, Some(held), None);
@@ -175,7 +175,7 @@ pub(super) fn serve<K: Kernel>(
             }
             event => event,
         };
-        let Some(event) = snapshot.take(&mut up, events, event) else { continue };
+        let Some(event) = turn.take(&mut up, kernel, events, event) else { continue };
         match step(&mut up, kernel, event, &mut lazy) {
             Step::Wait => {}
             Step::TakeDown { held, answer } => {
@@ -221,7 +221,9 @@ fn step<K: Kernel>(
             | Event::Relinked(_)
             | Event::Opened
             | Event::Snapshot(_)
-            | Event::Snapshotted(_),
+            | Event::Snapshotted(_)
+            | Event::Resize(_)
+            | Event::Resized(_),
         ) => Step::Wait,
     }
 }

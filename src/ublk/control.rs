@@ -146,6 +146,12 @@ impl Control {
         self.command(sys::UBLK_U_CMD_END_USER_RECOVERY, id, pid).map(drop)
     }
 
+    /// Gives device `id`, which must have been started, another size. Only where the driver has
+    /// `UBLK_F_UPDATE_SIZE`.
+    pub(super) fn update_size(&mut self, id: u32, sectors: u64) -> Result<(), Refusal> {
+        self.command(sys::UBLK_U_CMD_UPDATE_SIZE, id, sectors).map(drop)
+    }
+
     /// Stops device `id`. Returns after requests in flight are answered and every queue thread was
     /// told to leave. A device that was never started is only told so.
     pub(super) fn stop(&mut self, id: u32) -> Result<(), Refusal> {

@@ -28,6 +28,7 @@ use super::stats::DeviceCounters;
 use super::{node, params, takeover, thread};
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
+use crate::limits::VIRTUAL_SECTORS_MAX;
 use crate::units::to_usize;
 use libublk::UblkFlags;
 use libublk::ctrl::{UblkCtrl, UblkCtrlBuilder, UblkQueueAffinity};
@@ -326,7 +327,12 @@ fn spawn_queue<D: Disk>(
     let (disk, device) = (Arc::clone(&plan.disk), Arc::clone(device));
     let (counters, events) = (Arc::clone(&plan.counters), plan.events.0.clone());
     let bounds = Bounds {
-        sectors: plan.params.basic.dev_sectors,
+        // A disk that is written may grow while it is served, and checks each request itself.
+        sectors: if plan.flusher.is_none() {
+            plan.params.basic.dev_sectors
+        } else {
+            VIRTUAL_SECTORS_MAX
+        },
         buffer_bytes: buffers.first().map_or(0, |buffer| buffer.len()),
         read_only: plan.flusher.is_none(),
         zeroes_sectors_max: params::zeroes_sectors_max(&plan.params),

@@ -418,6 +418,32 @@ fn apart<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -
     thread::apart(work).unwrap_or_else(|| Err(lost()))
 }
 
+/// Whether this kernel can make a device larger that is in use: from 6.16 on.
+///
+/// # Errors
+/// `Unsupported` when it cannot, `Kernel` when the driver cannot be asked.
+pub fn check_resize() -> Result<()> {
+    let bits = apart(|| Ok(Control::open()?.features()))?.unwrap_or(0);
+    if bits & u64::from(sys::UBLK_F_UPDATE_SIZE) != 0 {
+        return Ok(());
+    }
+    let message = format!(
+        "the driver of kernel {} cannot resize a device that is attached (6.16 and later can): \
+         detach it, resize its config, and attach that again",
+        features::kernel_release()
+    );
+    Err(Error::new(ErrorKind::Unsupported, message))
+}
+
+/// Tells the kernel that device `id`, which is served, has `sectors` now.
+///
+/// # Errors
+/// `NotFound`, or `Timeout`/`Kernel`: it has the size of before.
+pub fn resize(id: u32, sectors: u64) -> Result<()> {
+    let told = move |refusal: Refusal| refusal.tell(&format!("UPDATE_SIZE of device {id}"));
+    apart(move || Control::open()?.update_size(id, sectors).map_err(told))
+}
+
 fn list_here() -> Result<Vec<KernelDevice>> {
     let ids = control::device_ids()?;
     if ids.is_empty() {

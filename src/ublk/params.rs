@@ -180,12 +180,15 @@ pub(super) fn shape_of(info: &sys::ublksrv_ctrl_dev_info) -> Result<Shape> {
 /// Whether a disk of `geometry` may go on as the device that was announced with `params`.
 ///
 /// # Errors
-/// `Corrupt` when the size or the mode differ: the image is not the one that was attached.
+/// `Corrupt` when the mode or the size differ (one that is written may have grown): the image is not the one that was attached.
 /// `Unsupported` when more was announced than this program does, or less than it needs: without a
 /// volatile cache, nobody would ever flush.
 pub(super) fn check_same_disk(geometry: &Geometry, params: &sys::ublk_params) -> Result<()> {
     let read_only = params.basic.attrs & sys::UBLK_ATTR_READ_ONLY != 0;
-    if (params.basic.dev_sectors, read_only) == (geometry.sectors, geometry.read_only) {
+    // Of a server that died between the two steps of a resize: the disk has grown, the device not.
+    let has_grown = !read_only && geometry.sectors > params.basic.dev_sectors;
+    let is_of_size = params.basic.dev_sectors == geometry.sectors || has_grown;
+    if is_of_size && read_only == geometry.read_only {
         let (attrs, zeroes) = (params.basic.attrs & WRITING, zeroes_sectors_max(params));
         let as_we_would = if read_only { sys::UBLK_ATTR_READ_ONLY } else { WRITABLE };
         if attrs == as_we_would && zeroes <= ZEROES_SECTORS_MAX {
@@ -314,6 +317,12 @@ mod tests {
         }
         let error = check_same_disk(&read_only(4097), &params).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Corrupt);
+        // A server may die between the two steps of a resize.
+        let grown = Geometry { sectors: geometry.sectors + 8, ..geometry.clone() };
+        assert!(check_same_disk(&grown, &params).is_ok());
+        let params = kernel_params(&grown, 4096).unwrap();
+        let error = check_same_disk(&geometry, &params).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "a device larger than its disk");
     }
 
     #[test]

@@ -67,7 +67,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, RwLock};
 pub struct Pair {
     name: String,
     head: WritablePair,
-    virtual_sectors: u64,
+    /// Only ever grows: a request that was checked stays right.
+    virtual_sectors: AtomicU64,
     data: Box<dyn Storage>,
     journal: Journal,
     state: RwLock<State>,
@@ -154,10 +155,10 @@ impl Pair {
     /// Size of the virtual disk in sectors.
     #[must_use]
     pub fn virtual_sectors(&self) -> u64 {
-        self.virtual_sectors
+        self.virtual_sectors.load(Ordering::Acquire)
     }
 
-    /// What its headers say.
+    /// What its headers said when it was opened.
     #[must_use]
     pub fn head(&self) -> &WritablePair {
         &self.head
@@ -199,7 +200,7 @@ impl Pair {
 
     /// The sectors of `bytes` from `start_sector` on.
     fn range_of(&self, what: &str, start_sector: u64, bytes: usize) -> Result<Range<u64>> {
-        range_of(what, start_sector, bytes, self.virtual_sectors)
+        range_of(what, start_sector, bytes, self.virtual_sectors())
     }
 
     fn check_not_failed(&self) -> Result<()> {

@@ -21,6 +21,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Condvar, Mutex, OnceLock, RwLock};
 
 /// The variable that moves the run folder; `server` reads the same.
@@ -266,7 +267,7 @@ impl Pair {
         Ok(Self {
             name,
             head,
-            virtual_sectors: whole_sectors(bytes),
+            virtual_sectors: AtomicU64::new(whole_sectors(bytes)),
             data,
             journal,
             state: RwLock::new(state),

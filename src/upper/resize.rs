@@ -1,4 +1,4 @@
-//! A larger disk, while nobody has the pair open.
+//! A larger disk: of a pair that nobody has open, or of one that is served while its writers wait.
 //!
 //! Both headers say how large it is, and the index file's counts, here and in the reference. So the
 //! data file's is written first, in place, where it changes nothing; then a new index file with a
@@ -10,8 +10,9 @@ use super::{Pair, PairOptions, PairPaths, lock, read};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::lsmt::set_virtual_size;
 use crate::limits::VIRTUAL_SECTORS_MAX;
-use crate::units::{SECTOR_SIZE, bytes_to_sectors, to_usize};
+use crate::units::{SECTOR_SIZE, bytes_to_sectors, sectors_to_bytes, to_usize, whole_sectors};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// Grows the pair at `paths`, which nobody writes, to a disk of `virtual_bytes`, and leaves it
 /// closed; the size that it had. The size that it has already is none too few. Blocks on the disk.
@@ -35,14 +36,30 @@ impl Pair {
         let pair = Arc::into_inner(self).ok_or_else(|| {
             Error::new(ErrorKind::Busy, format!("{name}: somebody still reads or writes it"))
         })?;
-        let resized = pair.check_size(virtual_bytes).and_then(|()| pair.grow(virtual_bytes));
+        let resized = pair.grow(virtual_bytes);
         let closed = pair.close();
-        resized.and(closed).map(|()| pair.head.virtual_size_bytes)
+        resized.and_then(|before| closed.map(|()| before))
     }
 
-    fn check_size(&self, virtual_bytes: u64) -> Result<()> {
-        let found = self.head.virtual_size_bytes;
-        if found == 0 {
+    /// Grows the disk to `virtual_bytes`; the size that it had. Nobody may write meanwhile. Reads
+    /// go on, and those behind the old end find zeros afterwards. Blocks on the disk: a flush, and
+    /// a new index file.
+    ///
+    /// # Errors
+    /// As [`Pair::resize`]; after a failure that leaves unknown what would last, as any write.
+    pub fn grow(&self, virtual_bytes: u64) -> Result<u64> {
+        self.check_writable()?;
+        let before = sectors_to_bytes(self.virtual_sectors()).unwrap_or(u64::MAX);
+        self.check_size(before, virtual_bytes)?;
+        if virtual_bytes > before {
+            self.write_size(virtual_bytes)?;
+            self.virtual_sectors.store(whole_sectors(virtual_bytes), Ordering::Release);
+        }
+        Ok(before)
+    }
+
+    fn check_size(&self, found: u64, virtual_bytes: u64) -> Result<()> {
+        if self.head.virtual_size_bytes == 0 {
             let message = format!("{}: the pair has the size of the layers below it", self.name);
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
@@ -58,7 +75,7 @@ impl Pair {
         Ok(())
     }
 
-    fn grow(&self, virtual_bytes: u64) -> Result<()> {
+    fn write_size(&self, virtual_bytes: u64) -> Result<()> {
         self.flush()?;
         let mut log = lock(&self.log);
         let live: Vec<_> = read(&self.state).map.pieces().collect();

@@ -68,7 +68,7 @@ impl Pair {
         let told = |error| Error::io(format!("ask for the length of {}", self.name), &error);
         let data_bytes = self.data.len_bytes().map_err(told)?;
         let at_byte = data_bytes.next_multiple_of(SECTOR_SIZE);
-        let virtual_bytes = self.virtual_sectors.saturating_mul(SECTOR_SIZE);
+        let virtual_bytes = self.virtual_sectors().saturating_mul(SECTOR_SIZE);
         let flags = Flags::DATA_FILE.with(Flags::SEALED);
         let trailer = Header {
             index_offset_bytes: at_byte,

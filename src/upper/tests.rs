@@ -346,6 +346,29 @@ fn a_disk_that_grew_has_both_headers_say_so_and_its_content() {
 }
 
 #[test]
+fn a_disk_that_is_served_grows_and_its_workers_go_on() {
+    let (_folder, paths, options) = fresh();
+    let pair = Pair::open(&paths, &options).unwrap();
+    let mut worker = pair.worker();
+    worker.write(2047, &[b'a'; 512]).unwrap();
+    assert_eq!(worker.write(2048, &[b'b'; 512]).unwrap_err().kind(), ErrorKind::OutOfRange);
+    assert_eq!(pair.grow(DISK_BYTES - 512).unwrap_err().kind(), ErrorKind::Usage);
+    assert_eq!(pair.grow(DISK_BYTES).unwrap(), DISK_BYTES);
+    assert_eq!(pair.grow(2 * DISK_BYTES).unwrap(), DISK_BYTES);
+    assert_eq!(pair.grow(2 * DISK_BYTES).unwrap(), 2 * DISK_BYTES);
+    assert_eq!(pair.usage().unflushed_entries, 0);
+    worker.write(4095, &[b'z'; 512]).unwrap();
+    assert_eq!(sectors(&mut worker, 2046, 3), *b".a.");
+    pair.flush().unwrap();
+    pair.close().unwrap();
+    assert_eq!(pair.grow(4 * DISK_BYTES).unwrap_err().kind(), ErrorKind::ReadOnly);
+    drop((worker, pair));
+    let pair = Pair::open(&paths, &options).unwrap();
+    assert_eq!(pair.virtual_sectors(), 4096);
+    assert_eq!(sectors(&mut pair.worker(), 4094, 2), *b".z");
+}
+
+#[test]
 fn a_pair_with_the_size_of_its_lowers_is_not_resized() {
     let (_folder, paths, options) = fresh();
     for path in [&paths.data, &paths.index] {

@@ -228,7 +228,7 @@ impl PairWorker {
     /// # Errors
     /// `OutOfRange`, `Io`.
     pub fn zero(&mut self, sectors: Range<u64>) -> Result<()> {
-        if sectors.start > sectors.end || sectors.end > self.pair.virtual_sectors {
+        if sectors.start > sectors.end || sectors.end > self.pair.virtual_sectors() {
             let message = format!("zero sectors {sectors:?}: not on the disk");
             return Err(Error::new(ErrorKind::OutOfRange, message));
         }

@@ -226,6 +226,16 @@ impl Stage {
         self.open();
     }
 
+    /// The same while the pair is served, which it goes on to be.
+    fn grow(&mut self) {
+        let counts = self.history.iter().map(Vec::len).collect();
+        let pair = self.pair.as_ref().unwrap();
+        let (sectors, begun) = (pair.virtual_sectors() + 8, self.done());
+        pair.grow(sectors * 512).unwrap();
+        self.sizes.push((sectors, begun, self.done()));
+        self.flushes.push((self.done(), counts));
+    }
+
     fn compact(&mut self) {
         self.worker = None;
         let counts = self.history.iter().map(Vec::len).collect();
@@ -264,6 +274,7 @@ pub(crate) fn run(seed: u64) -> Run {
             18..=21 => stage.flush(Pair::flush),
             22 => stage.reopen(true),
             23 => stage.compact(),
+            24 if random.index(2) == 0 => stage.grow(),
             24 => stage.resize(),
             _ => stage.reopen(false),
         }

@@ -265,7 +265,6 @@ a_disk_grows_between_two_attaches_and_its_file_system_with_it() {
     new_disk 32M
     dev=$(obd-ublk attach "$config")
     mkfs.ext4 -q "$dev"
-    expect_status 4 obd-ublk resize "$dev" 64M
     expect_status 12 obd-ublk resize "$config" 64M
     obd-ublk detach "$dev"
     obd-ublk resize "$config" 64M >&3
@@ -279,6 +278,50 @@ a_disk_grows_between_two_attaches_and_its_file_system_with_it() {
     fsck.ext4 -fn /tmp/disk.raw
     nothing_left
     rm -rf /tmp/disk /tmp/disk.raw
+}
+
+# Under a mounted file system that is written to, where the kernel can; refused where it cannot.
+an_attached_disk_grows_where_the_kernel_can() {
+    local config dev writer
+    new_disk 64M
+    dev=$(obd-ublk attach "$config")
+    mkfs.ext4 -q "$dev"
+    if [[ "$(uname -r)" = 6.12* ]]; then
+        expect_status 4 obd-ublk resize "$dev" 128M
+        [ "$(blockdev --getsize64 "$dev")" = $((64 << 20)) ] || fail "the size changed"
+        obd-ublk detach "$dev"
+        nothing_left
+        rm -rf /tmp/disk
+        return
+    fi
+    mkdir -p /mnt/disk
+    mount "$dev" /mnt/disk
+    (while :; do
+        dd if=/dev/urandom of=/mnt/disk/busy bs=64k count=64 conv=fsync 2>/dev/null || exit 1
+    done) &
+    writer=$!
+    sleep 1
+    expect_status 64 obd-ublk resize "$dev" 32M
+    obd-ublk resize "$dev" 128M >&3
+    [ "$(blockdev --getsize64 "$dev")" = $((128 << 20)) ] || fail "$(blockdev --getsize64 "$dev")"
+    obd-ublk stat --json "$dev" | grep -q "\"size_bytes\": *$((128 << 20))" || fail "stat"
+    resize2fs "$dev" 2>/dev/null
+    kill -0 "$writer" || fail "a write failed"
+    # A successor finds the larger disk, and its device as large.
+    kill_and_wait "$dev" KILL
+    [ "$(blockdev --getsize64 "$dev")" = $((128 << 20)) ] || fail "after a kill"
+    dd if=/dev/urandom of=/mnt/disk/large bs=1M count=90 conv=fsync 2>/dev/null || fail "no room"
+    kill "$writer"
+    wait "$writer" || true
+    sha256sum /mnt/disk/large >/tmp/disk.sums
+    umount /mnt/disk
+    fsck.ext4 -fn "$dev"
+    obd-ublk detach "$dev"
+    dev=$(obd-ublk attach --mount /mnt/disk "$config")
+    sha256sum --quiet -c /tmp/disk.sums
+    obd-ublk detach --unmount "$dev"
+    nothing_left
+    rm -rf /tmp/disk
 }
 
 # Over layers and over nothing, with kills; what overlaybd itself would read is what export reads.
@@ -394,5 +437,6 @@ upper_rest=(fio_verifies_a_mounted_ext4_and_xfs_under_kills
     a_full_disk_below_fails_writes_and_nothing_else
     a_quota_warns_fails_with_enospc_and_is_kept_by_successors
     a_detached_disk_is_compacted a_disk_grows_between_two_attaches_and_its_file_system_with_it
+    an_attached_disk_grows_where_the_kernel_can
     sparse_uppers_take_a_file_system_and_kills discarded_sectors_read_as_zeros_for_good
     written_devices_are_upgraded_under_load)

@@ -16,17 +16,17 @@
 //! Paths are the caller's. The server has left the caller's mounts, so every place is found and
 //! held open by a thread that goes back to them (`places`), and used from there on by descriptor.
 
+mod finish;
 mod intent;
 mod places;
 mod settle;
 mod take;
 #[cfg(test)]
 mod tests;
-mod turn;
 
+pub(super) use finish::{finish, work};
 pub(super) use settle::{Settled, settle, settle_state};
 pub(super) use take::{Leftovers, take};
-pub(super) use turn::Turn;
 
 use super::persist::PersistDir;
 use super::served_disk::pair_paths;
