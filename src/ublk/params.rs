@@ -180,7 +180,8 @@ pub(super) fn shape_of(info: &sys::ublksrv_ctrl_dev_info) -> Result<Shape> {
 /// Whether a disk of `geometry` may go on as the device that was announced with `params`.
 ///
 /// # Errors
-/// `Corrupt` when the mode or the size differ (one that is written may have grown): the image is not the one that was attached.
+/// `Corrupt` when the mode or the size differ: the image is not the one that was attached. (A disk
+/// that is written may have grown.)
 /// `Unsupported` when more was announced than this program does, or less than it needs: without a
 /// volatile cache, nobody would ever flush.
 pub(super) fn check_same_disk(geometry: &Geometry, params: &sys::ublk_params) -> Result<()> {
