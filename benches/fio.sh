@@ -2,8 +2,12 @@
 # The device against `rublk add loop` on the same raw bytes, in one guest: IOPS, server CPU and
 # system calls per I/O, in rounds that take the sides in turn.
 #
-#   benches/fio.sh [--kernel 6.12|7] [--rounds 7] [--seconds 4] [--queues 2]     on the host
-#   benches/fio.sh --guest ROUNDS SECONDS QUEUES                                 inside the guest
+#   benches/fio.sh [--write] [--kernel 6.12|7] [--rounds 7] [--seconds 4] [--queues 2]  on the host
+#   benches/fio.sh --guest read|write ROUNDS SECONDS QUEUES                        inside the guest
+#
+# Reads go to a raw and an LZ4 layer of ours and to the peer on the raw bytes. Writes go to a new
+# upper without layers (append pair) and to the peer on a file of the same size whose blocks are all
+# allocated. Nothing is flushed but where a case says so; both sides write to the page cache.
 #
 # Both sides have the same number of queues, the same depth (128), request size (512 KiB) and
 # backing: files on one ext4 disk, read through the page cache, which holds all of them before each
@@ -24,9 +28,14 @@ depth=128
 peer_id=90
 
 on_host() {
-    local kernel=6.12 rounds=7 seconds=4 queues=2 rublk folder tool
-    while [ $# -gt 1 ]; do
+    local kernel=6.12 rounds=7 seconds=4 queues=2 mode="read" rublk folder tool
+    while [ $# -gt 0 ]; do
         case $1 in
+        --write)
+            mode="write"
+            shift
+            continue
+            ;;
         --kernel) kernel=$2 ;;
         --rounds) rounds=$2 ;;
         --seconds) seconds=$2 ;;
@@ -35,7 +44,7 @@ on_host() {
         esac
         shift 2
     done
-    [ $# = 0 ] || { sed -n '2,19s/^# \{0,1\}//p' "$0" >&2; exit 64; }
+    [ $# = 0 ] || { sed -n '2,23s/^# \{0,1\}//p' "$0" >&2; exit 64; }
     rublk=${RUBLK:-$(command -v rublk || true)}
     [ -x "$rublk" ] || { echo "no rublk: set RUBLK" >&2; exit 4; }
     for tool in fio strace; do
@@ -50,9 +59,10 @@ on_host() {
     # Nobody reads it here.
     rm "$folder/files/layer.zstd"
     cp "$rublk" "$folder/files/rublk"
-    mkfs.ext4 -q -d "$folder/files" "$folder/disk" $((size_mb * 4))M
+    # Without a flush an upper grows with every write.
+    mkfs.ext4 -q -d "$folder/files" "$folder/disk" $((size_mb * 24))M
     "$here/../tools/vm" --kernel "$kernel" --timeout 5000 --memory 3G --share "$here" \
-        --disk "$folder/disk" -- bash "$here/fio.sh" --guest "$rounds" "$seconds" "$queues"
+        --disk "$folder/disk" -- bash "$here/fio.sh" --guest "$mode" "$rounds" "$seconds" "$queues"
 }
 
 # The process that serves $1, by the kernel's word: for our devices and for others.
@@ -75,12 +85,13 @@ print(json.load(sys.stdin)["counters"]["total"]["enters"])'
 run_fio() {
     local seconds=$1
     shift
-    fio --name=x --filename="$dev" --readonly --direct=1 --ioengine=io_uring --time_based \
+    fio --name=x --filename="$dev" "${access[@]}" --direct=1 --ioengine=io_uring --time_based \
         --runtime="$seconds" --group_reporting --output-format=json "$@" >/tmp/fio.json
     python3 -c '
 import json
-read = json.load(open("/tmp/fio.json"))["jobs"][0]["read"]
-print(int(read["iops"]), read["total_ios"])'
+job = json.load(open("/tmp/fio.json"))["jobs"][0]
+side = max(job["read"], job["write"], key=lambda side: side["total_ios"])
+print(int(side["iops"]), side["total_ios"])'
 }
 
 cpu_ticks() { awk '{ print $14 + $15 }' "/proc/$pid/stat"; }
@@ -133,6 +144,10 @@ start_device() {
         /mnt/rublk add loop -n "$peer_id" -q "$queues" -d "$depth" -f /mnt/raw -o --buffered-io \
             >/tmp/rublk.log 2>&1 || { cat /tmp/rublk.log >&2; return 1; }
         dev=/dev/ublkb$peer_id
+    elif [ "$mode" = write ]; then
+        rm -rf /mnt/upper
+        dev=$(obd-ublk attach --queues "$queues" --depth "$depth" \
+            "$(obd-ublk create /mnt/upper --size "${size_mb}M")")
     else
         dev=$(obd-ublk attach --queues "$queues" --depth "$depth" "/tmp/${who#obd-}.json")
     fi
@@ -143,7 +158,7 @@ start_device() {
         sleep 0.1
     done
     # Numbers of a device that answers something else mean nothing.
-    cmp -n $((16 << 20)) "$dev" /mnt/raw
+    [ "$mode" = write ] || cmp -n $((16 << 20)) "$dev" /mnt/raw
 }
 
 stop_device() {
@@ -155,23 +170,33 @@ stop_device() {
 }
 
 in_guest() {
-    local rounds=$1 seconds=$2 queues=$3 half=$((($2 + 1) / 2)) round who dev pid turn line
-    local sides=(obd-raw obd-lz4 rublk-loop)
+    local mode=$1 rounds=$2 seconds=$3 queues=$4 half=$((($3 + 1) / 2)) round who dev pid turn line
+    local sides=(obd-raw obd-lz4 rublk-loop) access=(--readonly)
     local cases=(
         "rand-4k-qd1 --rw=randread --bs=4k --iodepth=1"
         "rand-4k-qd32 --rw=randread --bs=4k --iodepth=32"
         "rand-4k-qd32-4jobs --rw=randread --bs=4k --iodepth=32 --numjobs=4"
         "seq-1m-qd4 --rw=read --bs=1m --iodepth=4"
     )
+    if [ "$mode" = write ]; then
+        sides=(obd-append rublk-loop)
+        # Written to for good: the device's content is thrown away.
+        access=(--allow_mounted_write=0)
+        cases=(
+            "write-4k-qd32 --rw=randwrite --bs=4k --iodepth=32"
+            "write-4k-qd32-flushed --rw=randwrite --bs=4k --iodepth=32 --fsync=256"
+            "write-1m-qd4 --rw=write --bs=1m --iodepth=4"
+        )
+    fi
     mount -o noatime /dev/vda /mnt
     for who in raw lz4; do
         echo "{\"lowers\":[{\"file\":\"/mnt/layer.$who\"}]}" >"/tmp/$who.json"
     done
     : >/tmp/results
     for round in $(seq "$rounds"); do
-        for turn in 0 1 2; do
+        for turn in "${!sides[@]}"; do
             # Another side begins each round.
-            who=${sides[$(((round + turn) % 3))]}
+            who=${sides[$(((round + turn) % ${#sides[@]}))]}
             cat /mnt/raw /mnt/layer.* >/dev/null
             echo "round $round of $rounds: $who" >&2
             start_device
