@@ -141,7 +141,9 @@ measure() {
 
 start_device() {
     if [ "$who" = rublk-loop ]; then
-        /mnt/rublk add loop -n "$peer_id" -q "$queues" -d "$depth" -f /mnt/raw -o --buffered-io \
+        local options=(-n "$peer_id" -q "$queues" -d "$depth" -f /mnt/raw --buffered-io)
+        [ "$mode" = write ] || options+=(--read-only)
+        /mnt/rublk add loop "${options[@]}" \
             >/tmp/rublk.log 2>&1 || { cat /tmp/rublk.log >&2; return 1; }
         dev=/dev/ublkb$peer_id
     elif [ "$mode" = write ]; then

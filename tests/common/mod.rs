@@ -7,4 +7,5 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 pub(crate) mod golden;
+pub(crate) mod oci_layout;
 pub(crate) mod vectors;

@@ -20,18 +20,21 @@ setup_die() {
     exit 1
 }
 
+setup_apt=(apt-get -qq -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3)
 setup_lists_updated=
+setup_update_lists() {
+    [ -z "$setup_lists_updated" ] || return 0
+    "${setup_apt[@]}" update >&2 || setup_die "apt-get update failed"
+    setup_lists_updated=1
+}
+
 # Installs the named packages, reading apt's lists first, once.
 setup_install() {
     [ "$(id -u)" = 0 ] || setup_die "not root: cannot install $*"
     [ -n "$(type -P apt-get)" ] || setup_die "no apt-get here: install $* by hand"
-    local apt=(apt-get -qq -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3)
-    if [ -z "$setup_lists_updated" ]; then
-        "${apt[@]}" update >&2 || setup_die "apt-get update failed"
-        setup_lists_updated=1
-    fi
+    setup_update_lists
     setup_say "installing $*"
-    DEBIAN_FRONTEND=noninteractive "${apt[@]}" install -y --no-install-recommends "$@" >&2 ||
+    DEBIAN_FRONTEND=noninteractive "${setup_apt[@]}" install -y --no-install-recommends "$@" >&2 ||
         setup_die "cannot install $*"
     hash -r
 }
@@ -69,6 +72,29 @@ setup_nbd_packages() {
     setup_missing libnbd-bin=nbdcopy qemu-utils=qemu-img
 }
 
+# What tests/real_registry.rs runs. skopeo fills the registry; the registry and nginx are unpacked
+# beside the other tools and not installed, because their packages start services.
+setup_registry_programs() {
+    local pair package file folder=$cache/tools/debian download
+    setup_missing skopeo=skopeo
+    for pair in docker-registry=usr/bin/docker-registry nginx=usr/sbin/nginx; do
+        package=${pair%%=*} file=${pair#*=}
+        [ -z "$(type -P "${file##*/}")" ] || continue
+        setup_update_lists
+        setup_say "unpacking $package"
+        mkdir -p "$folder"
+        download=$(mktemp -d)
+        # apt's own user may not write there.
+        (cd "$download" && apt-get -qq -o APT::Sandbox::User=root download "$package" >&2 &&
+            dpkg-deb -x ./*.deb "$folder") || setup_die "cannot unpack $package"
+        rm -r "$download"
+    done
+    # What nginx is linked with, but for what every Debian has.
+    setup_missing libpcre2-8-0=/usr/lib/x86_64-linux-gnu/libpcre2-8.so.0 \
+        libssl3=/usr/lib/x86_64-linux-gnu/libssl.so.3
+    hash -r
+}
+
 # Whether the cargo on PATH is recent and comes with rustfmt and clippy.
 setup_rust_is_good() {
     local version
@@ -80,7 +106,7 @@ setup_rust_is_good() {
 
 # Puts what earlier installations left on PATH; installs nothing.
 setup_environment() {
-    PATH=$PATH:/usr/sbin:/sbin
+    PATH=$PATH:/usr/sbin:/sbin:$cache/tools/debian/usr/bin:$cache/tools/debian/usr/sbin
     export PATH=$cache/tools/bin:$PATH
     setup_rust_is_good && return
     local before=$PATH dir
@@ -126,6 +152,7 @@ setup_all() {
     setup_build_packages
     setup_run_packages
     setup_nbd_packages
+    setup_registry_programs
     setup_missing shellcheck=shellcheck
     setup_rust
     setup_deny
