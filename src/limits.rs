@@ -318,6 +318,14 @@ pub const CACHE_POLL_MS_MAX: u64 = 20;
 /// 1 Mbit/s, so that whoever takes longer is stuck, and then each fetches for itself.
 pub const CACHE_PATIENCE_MS: u64 = 10_000;
 
+/// How long an extent whose content was wrong is not fetched again for that reason: what is wrong at
+/// its origin stays so, and who reads it gets an error meanwhile.
+pub const CACHE_DISCARD_REST_MS: u64 = 60_000;
+
+/// Extents of one blob that are fetched again within that time: 128 MiB at the usual size. More is
+/// no damage on the way.
+pub const CACHE_DISCARDS_MAX: usize = 1024;
+
 /// For how long who waited in vain only waits shortly.
 pub const CACHE_IMPATIENCE_MS: u64 = 30_000;
 

@@ -72,6 +72,54 @@ fn a_read_fetches_its_extents_once_in_one_request_and_then_they_are_here() {
 }
 
 #[test]
+fn an_extent_that_a_codec_found_wrong_is_fetched_once_more_and_not_again_and_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let blob = Blob::new(31, 4 * EXTENT, EXTENT);
+    let cached = blob_in(&open(folder.path(), 4096), &blob);
+    check_read(&cached, &blob, 0, EXTENT);
+    blob.lies.store(1, Ordering::Relaxed);
+    let mut found = vec![0; EXTENT];
+    cached.read(4096, &mut found).unwrap();
+    assert!(found != blob.bytes[EXTENT..2 * EXTENT], "the lie is stored as the truth");
+    assert!(cached.discard(5000, 10));
+    assert!(!cached.is_here(4096, 4096) && cached.is_here(0, 4096));
+    check_read(&cached, &blob, 0, 4 * EXTENT);
+    assert_eq!(blob.times(), [1, 2, 1, 1]);
+    assert_eq!((cached.stats().discarded, cached.stats().quarantined), (1, 1));
+    // Another reader that saw the old bytes may read again, and nothing is fetched for it.
+    assert!(cached.discard(5000, 10));
+    check_read(&cached, &blob, 0, 4 * EXTENT);
+    assert_eq!(blob.times(), [1, 2, 1, 1]);
+    // No bytes, and bytes beyond the end, are nothing to throw away.
+    assert!(!cached.discard(5000, 0));
+    assert!(!cached.discard(4 * 4096, 1) && !cached.discard(u64::MAX, 2));
+    let next = blob_in(&open(folder.path(), 4096), &blob);
+    check_read(&next, &blob, 0, 4 * EXTENT);
+    assert_eq!((next.stats().verified, next.stats().fetches), (4, 0));
+}
+
+#[test]
+fn a_complete_blob_that_changed_at_rest_is_found_out_by_its_codec_and_goes() {
+    let folder = tempfile::tempdir().unwrap();
+    let blob = Blob::new(32, 4 * EXTENT, EXTENT);
+    check_read(&blob_in(&open(folder.path(), 4096), &blob), &blob, 0, 4 * EXTENT);
+    assert_eq!(maintenance(folder.path()).promote(&blob.digest).unwrap(), Promotion::Done);
+    let whole = folder.path().join("whole").join(blob.digest.hex());
+    let cached = blob_in(&open(folder.path(), 4096), &blob);
+    // What is as it was published is not thrown away, whatever a codec says.
+    assert!(!cached.discard(0, 100));
+    assert!(whole.exists());
+    write_at(&whole, 4096 + 9, &[!blob.bytes[EXTENT + 9]]);
+    assert!(cached.discard(4096, 100));
+    assert!(!whole.exists());
+    let requests = blob.requests();
+    check_read(&cached, &blob, 0, 4 * EXTENT);
+    assert!(blob.requests() > requests, "fetched anew");
+    assert_eq!(cached.stats().discarded, 1);
+    assert!(cached.is_complete());
+}
+
+#[test]
 fn what_lies_beyond_the_end_is_refused_and_nothing_is_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let blob = Blob::new(2, EXTENT + 5, EXTENT);

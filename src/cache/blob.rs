@@ -7,6 +7,7 @@
 
 use super::Shared;
 use super::digest::BlobDigest;
+use super::discard::Discards;
 use super::extent_set::{Extents, next_missing};
 use super::fill::{Brought, Filler, Patience, Purpose};
 use super::flight::{Begun, Flights, Outcome, Ticket, lock};
@@ -63,7 +64,7 @@ pub(super) struct Slot {
     pub(super) shared: Arc<Shared>,
     pub(super) residence: ArcSwap<Residence>,
     pub(super) counters: Counters,
-    flights: Flights,
+    pub(super) flights: Flights,
     planner: Mutex<Readahead>,
     patience: Patience,
     reopening: AtomicBool,
@@ -77,13 +78,15 @@ pub(super) struct Slot {
     pub(super) promotion_asked: AtomicBool,
     /// How often the whole was found to have another digest.
     pub(super) condemned: AtomicU32,
+    /// Extents whose content was found wrong.
+    pub(super) discards: Mutex<Discards>,
 }
 
 /// A blob that lies elsewhere, read through the cache. See [`super::Cache::blob`].
 #[derive(Debug)]
 pub struct CachedBlob {
-    slot: Arc<Slot>,
-    fetch: Arc<dyn Fetch>,
+    pub(super) slot: Arc<Slot>,
+    pub(super) fetch: Arc<dyn Fetch>,
     canceled: AtomicBool,
 }
 
@@ -107,6 +110,7 @@ impl Slot {
             wanted_in: Mutex::default(),
             promotion_asked: AtomicBool::new(false),
             condemned: AtomicU32::new(0),
+            discards: Mutex::default(),
             shared,
         }
     }
@@ -306,7 +310,7 @@ impl CachedBlob {
         Err(Error::new(ErrorKind::Timeout, "the deadline passed"))
     }
 
-    fn deadline(&self) -> Instant {
+    pub(super) fn deadline(&self) -> Instant {
         Instant::now() + self.slot.shared.settings.deadline
     }
 
@@ -540,6 +544,11 @@ impl RemoteBlob for CachedBlob {
             }
             Residence::Nothing => false,
         }
+    }
+
+    fn discard(&self, offset_bytes: u64, bytes: u64) -> bool {
+        let end = offset_bytes.checked_add(bytes);
+        end.is_some_and(|end| self.discard_now(&(offset_bytes..end)))
     }
 
     fn cancel(&self) {

@@ -29,6 +29,7 @@ mod blob;
 mod check;
 mod claim;
 mod digest;
+mod discard;
 mod evict;
 mod extent_set;
 mod faults;

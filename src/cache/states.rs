@@ -87,6 +87,13 @@ impl States {
         }
     }
 
+    /// The extent is not here any more: it is to be fetched again.
+    pub(super) fn set_missing(&self, extent: u64) {
+        if let Some(state) = self.get(extent) {
+            self.set_not_here(state);
+        }
+    }
+
     fn set_not_here(&self, state: &AtomicU8) {
         if state.fetch_and(!HERE, Ordering::AcqRel) & HERE != 0 {
             self.here.fetch_sub(1, Ordering::AcqRel);

@@ -63,6 +63,8 @@ counters! {
     verified,
     /// Extents that were stored once and found bad: thrown away and fetched once more.
     quarantined,
+    /// Of these, those that were as they had been stored: a codec found their content wrong.
+    discarded,
     /// Extents that were served without being stored or although their file failed: the cache's
     /// disk is full or broken, or the quota is used up.
     degraded,

@@ -5,6 +5,7 @@
 //!   docker://REFERENCE, oci-layout:FOLDER --> manifest --> the text of such a config
 //! ```
 
+use super::layer::Layer;
 use super::single::{DOCKER, LAYOUT};
 use crate::cache::{BlobDigest, Cache, CachedBlob, Settings};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
@@ -12,9 +13,12 @@ use crate::format::config::{CredentialConfig, LowerConfig, ServiceConfig};
 use crate::limits::{OPEN_HEAD_BYTES, OPEN_TAIL_BYTES, RESOLVE_SECONDS_MAX};
 use crate::registry::{CredentialSource, Options, Platform, Registry, Secret, open_layout};
 use crate::source::{RemoteBlob, Source};
+use crate::units::to_u64;
 use serde_json::json;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Moves the cache; an absolute path.
@@ -118,6 +122,83 @@ impl Elsewhere {
         }
         fill_ends(&blob);
         Ok(Source::Remote(Arc::new(blob)))
+    }
+}
+
+/// Opens a layer. One whose structure is wrong, though its bytes came, is fetched once more where
+/// it was looked at.
+///
+/// # Errors
+/// As [`Layer::open_sealed`].
+pub(super) fn open_layer(name: &str, source: Source) -> Result<Layer> {
+    let open = |source| Layer::open_sealed(name.to_owned(), source);
+    let Source::Remote(blob) = &source else { return open(source) };
+    let blob = Arc::clone(blob);
+    let error = match open(source) {
+        Ok(layer) => return Ok(layer),
+        Err(error) => error,
+    };
+    let is_wrong = [ErrorKind::Corrupt, ErrorKind::Integrity, ErrorKind::InvalidFormat];
+    if !is_wrong.contains(&error.kind()) {
+        return Err(error);
+    }
+    // Once more, of the same bytes, to learn which ones they are.
+    let seen = Arc::new(Seen { blob, ranges: Mutex::default(), failed: AtomicBool::new(false) });
+    let _ = open(Source::Remote(Arc::clone(&seen) as Arc<dyn RemoteBlob>));
+    if !seen.discard_all() {
+        return Err(error);
+    }
+    open(Source::Remote(Arc::clone(&seen.blob)))
+}
+
+/// A blob that notes what is read of it.
+#[derive(Debug)]
+struct Seen {
+    blob: Arc<dyn RemoteBlob>,
+    ranges: Mutex<Vec<Range<u64>>>,
+    failed: AtomicBool,
+}
+
+impl Seen {
+    /// Throws away what was read. Whether it may be another next time.
+    fn discard_all(&self) -> bool {
+        // What could not even be read is not wrong in content.
+        if self.failed.load(Ordering::Relaxed) {
+            return false;
+        }
+        let ranges = std::mem::take(&mut *self.ranges());
+        let discard = |range: &Range<u64>| self.blob.discard(range.start, range.end - range.start);
+        ranges.iter().fold(false, |any, range| discard(range) || any)
+    }
+
+    fn ranges(&self) -> std::sync::MutexGuard<'_, Vec<Range<u64>>> {
+        self.ranges.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl RemoteBlob for Seen {
+    fn name(&self) -> &str {
+        self.blob.name()
+    }
+
+    fn bytes(&self) -> u64 {
+        self.blob.bytes()
+    }
+
+    fn read(&self, offset_bytes: u64, dst: &mut [u8]) -> Result<()> {
+        let read = self.blob.read(offset_bytes, dst);
+        self.failed.fetch_or(read.is_err(), Ordering::Relaxed);
+        // A few pieces: the head, the tail, and an index that is read by the MiB.
+        self.ranges().push(offset_bytes..offset_bytes.saturating_add(to_u64(dst.len())));
+        read
+    }
+
+    fn is_here(&self, offset_bytes: u64, bytes: u64) -> bool {
+        self.blob.is_here(offset_bytes, bytes)
+    }
+
+    fn cancel(&self) {
+        self.blob.cancel();
     }
 }
 

@@ -205,7 +205,7 @@ impl<'a> Finder<'a> {
             Found::Nowhere(looked) => (lower.digest.clone(), self.fetch(lower, &looked)),
         };
         source
-            .and_then(|source| Layer::open_sealed(name.clone(), source))
+            .and_then(|source| open_layer(&name, source))
             .context(|| format!("open layer {number} ({name})"))
     }
 
@@ -233,6 +233,14 @@ impl<'a> Finder<'a> {
         );
         Err(Error::new(ErrorKind::Unsupported, message))
     }
+}
+
+#[cfg(feature = "registry")]
+use super::elsewhere::open_layer;
+
+#[cfg(not(feature = "registry"))]
+fn open_layer(name: &str, source: Source) -> Result<Layer> {
+    Layer::open_sealed(name.to_owned(), source)
 }
 
 /// Where a layer is.

@@ -138,6 +138,15 @@ impl Payload {
             _ => self.source.read(at_byte, dst),
         }
     }
+
+    /// Has stored bytes whose content is wrong fetched once more, where they lie elsewhere. Whether
+    /// reading them again may help.
+    #[cold]
+    pub(super) fn discard_stored(&self, stored: &Range<u64>) -> bool {
+        let Source::Remote(blob) = &self.source else { return false };
+        let at_byte = self.wrapping.offset_bytes.saturating_add(stored.start);
+        blob.discard(at_byte, stored.end.saturating_sub(stored.start))
+    }
 }
 
 fn open_zfile(source: &Source, wrapping: Wrapping) -> Result<Option<ZfilePart>> {

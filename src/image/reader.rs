@@ -123,8 +123,7 @@ impl Scratch {
         };
         let has_crc = part.header.has_block_crc;
         if dst.len() == original {
-            payload.read_stored(stored.start, record)?;
-            return decoder.decode(record, has_crc, dst);
+            return load(payload, &stored, record, |record| decoder.decode(record, has_crc, dst));
         }
         let wanted = skip + dst.len();
         let (room, seen_before) = match self.blocks.find(layer, block, wanted) {
@@ -134,19 +133,37 @@ impl Scratch {
             }
             Found::Miss { room, seen_before } => (room, seen_before),
         };
-        payload.read_stored(stored.start, record)?;
         // The first visit may decode only as far as it must; whoever comes back gets the whole.
         let front_pays = decoder.decodes_prefix() && wanted <= original / FRONT_SHARE;
         let valid = if front_pays && !seen_before { wanted } else { original };
-        if valid == original {
-            decoder.decode(record, has_crc, &mut room[..original])?;
-        } else {
-            decoder.decode_prefix(record, has_crc, &mut room[..valid], original)?;
-        }
+        load(payload, &stored, record, |record| {
+            if valid == original {
+                decoder.decode(record, has_crc, &mut room[..original])
+            } else {
+                decoder.decode_prefix(record, has_crc, &mut room[..valid], original)
+            }
+        })?;
         dst.copy_from_slice(&room[skip..wanted]);
         self.blocks.filled(layer, block, valid);
         Ok(())
     }
+}
+
+/// Reads one record and decodes it. One that lies elsewhere and is wrong is fetched once more.
+#[inline]
+fn load(
+    payload: &Payload,
+    stored: &Range<u64>,
+    record: &mut [u8],
+    mut decode: impl FnMut(&mut [u8]) -> Result<()>,
+) -> Result<()> {
+    payload.read_stored(stored.start, record)?;
+    let decoded = decode(record);
+    if decoded.is_ok() || !payload.discard_stored(stored) {
+        return decoded;
+    }
+    payload.read_stored(stored.start, record)?;
+    decode(record)
 }
 
 #[cold]

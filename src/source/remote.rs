@@ -46,6 +46,14 @@ pub trait RemoteBlob: Send + Sync + fmt::Debug {
     /// hint, because what is here may be thrown away in the next moment.
     fn is_here(&self, offset_bytes: u64, bytes: u64) -> bool;
 
+    /// Throws away what is kept of these bytes: they were read whole, and their content is wrong.
+    /// Whether reading them again may give others. They are fetched once more for that, but not
+    /// again and again: to be called once for each read. May block as [`RemoteBlob::read`] does.
+    fn discard(&self, offset_bytes: u64, bytes: u64) -> bool {
+        let _ = (offset_bytes, bytes);
+        false
+    }
+
     /// Makes reads that wait fail soon, with `Canceled`, those to come included: nobody will look
     /// at their bytes.
     fn cancel(&self);
