@@ -356,6 +356,19 @@ pub const CACHE_BLOBS_MAX: usize = 100_000;
 /// the layer.
 pub const CACHE_COMMITS_MAX: usize = 256;
 
+/// Layers that `prefetch` pulls at a time unless told otherwise. Each is fetched by several requests
+/// already; more layers help where the larger ones are slow to begin.
+pub const PREFETCH_LAYERS_DEFAULT: u16 = 4;
+
+/// Layers that `prefetch` pulls at a time at most: as many as fit the requests to one host.
+pub const PREFETCH_LAYERS_MAX: u16 = 32;
+
+/// Times that a layer is filled and checked: it may be evicted, or found damaged, meanwhile.
+pub const PREFETCH_ROUNDS_MAX: u32 = 3;
+
+/// How long checking a complete layer may take, by whoever does it: 100 GB at 200 MB/s.
+pub const PREFETCH_CHECK_SECONDS_MAX: u64 = 600;
+
 /// How long a read may take when the blob has to be fetched, unless told otherwise.
 pub const CACHE_READ_MS_DEFAULT: u64 = 60_000;
 /// Bytes of the name of an image: a host of 255 and a repository of 255, as registries limit them,
@@ -371,6 +384,9 @@ pub const INDEX_DEPTH_MAX: usize = 3;
 /// How long a fetch may take unless told otherwise, with all its attempts: long enough for a
 /// registry to be restarted, shorter than the 120 s after which the kernel reports a hung task.
 pub const IO_DEADLINE_MS_DEFAULT: u64 = 60_000;
+
+/// The longest time for a fetch that can be asked for. Whoever reads waits in the kernel meanwhile.
+pub const IO_DEADLINE_SECONDS_MAX: u64 = 3600;
 
 /// Bytes of a blob that a 200 may have while fewer were asked for. Below this it costs less to read
 /// them than to give up a server that knows no ranges; it is not read to its end either way.

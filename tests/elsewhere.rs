@@ -17,7 +17,8 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use std::fs;
 use std::path::PathBuf;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 
@@ -66,13 +67,18 @@ impl World {
 
     /// Runs the program as somebody with this cache and no credentials.
     fn run(&self, arguments: &[&str]) -> Output {
-        Command::new(env!("CARGO_BIN_EXE_obd-ublk"))
+        self.command(arguments).output().unwrap()
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_obd-ublk"));
+        command
             .args(arguments)
             .env("OBD_UBLK_CACHE_DIR", self.path("cache"))
             .env("OBD_UBLK_PLAIN_HTTP", self.mock.host())
             .env("DOCKER_CONFIG", self.path("no-docker"))
-            .output()
-            .unwrap()
+            .stdin(Stdio::null());
+        command
     }
 
     /// The digest of the image's whole disk.
@@ -98,7 +104,7 @@ fn layer_of(disk: &[u8]) -> Vec<u8> {
         .step_by(16_000)
         .map(|start_sector| SegmentMapping {
             start_sector,
-            sectors: SECTORS_MAX.min(sectors - start_sector).try_into().unwrap(),
+            sectors: SECTORS_MAX.min(sectors - start_sector),
             // The header takes the first eight.
             mapped_sector: start_sector + 8,
             zeroed: false,
@@ -315,4 +321,122 @@ fn the_cache_is_listed_checked_and_emptied() {
     assert_eq!(facts(&["cache", "ls", "--json"], 0)["blobs"], json!([]));
     // All of it is there to be had again.
     world.sha256_of(config.to_str().unwrap());
+}
+
+/// A whole pull, its second run, and what is left of one that was interrupted.
+#[test]
+fn prefetch_makes_plain_files_of_all_layers_and_goes_on_where_it_was_stopped() {
+    let disks = [disk_of(5 << 20, 3), disk_of(3 << 20, 4)];
+    let layers: Vec<_> = disks.iter().map(|disk| layer_of(disk)).collect();
+    let bytes: usize = layers.iter().map(Vec::len).sum();
+    let world = World::new();
+    let lowers: Vec<_> = layers.iter().map(|layer| world.push_blob(layer.clone())).collect();
+    let config = world.config(&lowers);
+    let config = config.to_str().unwrap();
+    // Interrupted in the middle.
+    world.mock.fail(Part::Blob, 5, Fault::Delay(0));
+    world.mock.fail(Part::Blob, 3, Fault::Delay(60_000));
+    let mut child = world.command(&["prefetch", config]).spawn().unwrap();
+    let end = Instant::now() + Duration::from_secs(60);
+    while world.mock.count(Part::Blob) < 7 {
+        assert!(Instant::now() < end, "it never came so far");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let pid = nix::unistd::Pid::from_raw(child.id().try_into().unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
+    assert!(!child.wait().unwrap().success());
+    world.mock.state().rules.clear();
+    let facts = |arguments: &[&str]| -> Value {
+        let output = world.run(arguments);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{arguments:?}: {said}");
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let done = facts(&["prefetch", "--json", config]);
+    assert_eq!((&done["layers"], &done["local_layers"]), (&json!(2), &json!(0)));
+    assert_eq!(done["bytes"], json!(bytes));
+    let fetched = done["fetched_bytes"].as_u64().unwrap();
+    assert!(0 < fetched && fetched < u64::try_from(bytes).unwrap(), "{fetched} of {bytes}");
+    assert_eq!(facts(&["cache", "stat", "--json"])["whole"], json!(2));
+    // Everything is here: nobody is asked, by another pull or by who reads.
+    world.mock.fail(Part::Blob, u64::MAX, Fault::status(500));
+    let requests = world.mock.count(Part::Blob);
+    assert_eq!(facts(&["prefetch", "--json", config])["fetched_bytes"], json!(0));
+    // The top layer hides the other, and tells the size.
+    assert!(world.run(&["export", config]).stdout == disks[1]);
+    assert_eq!(world.mock.count(Part::Blob), requests);
+}
+
+#[test]
+fn prefetch_shares_every_extent_with_a_pull_beside_it_and_fills_the_folder_that_is_named() {
+    let disk = disk_of(6 << 20, 5);
+    let layer = layer_of(&disk);
+    let world = World::new();
+    let dir = world.path("layer-folder");
+    fs::create_dir(&dir).unwrap();
+    let mut lower = world.push_blob(layer.clone());
+    lower["dir"] = json!(dir);
+    let config = world.config(&[lower]);
+    let config = config.to_str().unwrap();
+    world.mock.fail(Part::Blob, u64::MAX, Fault::Delay(20));
+    let pulls: Vec<_> =
+        (0..4).map(|_| world.command(&["prefetch", config]).spawn().unwrap()).collect();
+    for mut pull in pulls {
+        assert!(pull.wait().unwrap().success());
+    }
+    let mut bytes = 0;
+    for record in world.mock.log(Part::Blob) {
+        let range = record.range.unwrap();
+        let (first, last) = range.strip_prefix("bytes=").unwrap().split_once('-').unwrap();
+        bytes += last.parse::<usize>().unwrap() + 1 - first.parse::<usize>().unwrap();
+    }
+    assert_eq!(bytes, layer.len(), "each byte once, for four processes");
+    assert!(fs::read(dir.join("overlaybd.commit")).unwrap() == layer);
+}
+
+#[test]
+fn prefetch_fails_with_the_reason_and_its_exit_code() {
+    let world = World::new();
+    let lower = world.push_blob(layer_of(&disk_of(1 << 20, 6)));
+    let config = world.config(std::slice::from_ref(&lower));
+    let config = config.to_str().unwrap();
+    let fails = |arguments: &[&str], code: i32, told: &str| {
+        let output = world.run(arguments);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(code), "{said}");
+        assert!(said.contains(told), "{told}: {said}");
+    };
+    world.mock.fail(Part::Blob, u64::MAX, Fault::status(404));
+    fails(&["prefetch", config], 6, "pull layer 0");
+    world.mock.state().rules.clear();
+    world.mock.fail(Part::Blob, u64::MAX, Fault::status(401));
+    fails(&["prefetch", "--io-deadline", "1", config], 7, "401");
+    world.mock.state().rules.clear();
+    // Its bytes are those of another blob.
+    let digest = lower["digest"].as_str().unwrap().to_owned();
+    world.mock.state().content.blobs.insert(digest, layer_of(&disk_of(1 << 20, 7)).into());
+    fails(&["prefetch", config], 5, "another digest");
+}
+
+/// Nobody answers: the reason is told, within the time that was given for a read.
+#[test]
+fn a_read_fails_within_the_deadline_that_was_asked_for() {
+    let world = World::new();
+    let config = world.config(&[world.push_blob(layer_of(&disk_of(1 << 20, 8)))]);
+    let config = config.to_str().unwrap();
+    for (fault, code) in
+        [(Fault::Delay(30_000), 8), (Fault::status(503), 8), (Fault::status(403), 7)]
+    {
+        world.mock.state().rules.clear();
+        world.mock.fail(Part::Blob, u64::MAX, fault.clone());
+        let begun = Instant::now();
+        let output = world.run(&["export", "--io-deadline", "2", config]);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(code), "{fault:?}: {said}");
+        let took = begun.elapsed();
+        // Twice the time that one takes, and what a busy machine needs to start a program.
+        assert!(took < Duration::from_secs(10), "{fault:?}: {took:?}");
+    }
+    let usage = world.run(&["export", "--io-deadline", "0", config]);
+    assert_eq!(usage.status.code(), Some(64));
 }

@@ -17,7 +17,7 @@ use super::stats::{Counters, Stats, count};
 use super::store::Opened;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::limits::{CACHE_AHEAD_BYTES_MAX, CACHE_COMMITS_MAX, CACHE_JOIN_BYTES_MAX};
-use crate::source::{Fetch, MappedFile, RemoteBlob};
+use crate::source::{Fetch, MappedFile, RemoteBlob, RemoteUsage};
 use crate::units::{to_u64, to_usize};
 use arc_swap::ArcSwap;
 use std::ops::Range;
@@ -259,26 +259,39 @@ impl CachedBlob {
     /// # Errors
     /// As there; `NoSpace` when they cannot be kept, because fetching on would be in vain.
     pub fn fill(&self, bytes: Range<u64>) -> Result<()> {
+        self.fill_counted(bytes, &AtomicU64::new(0))
+    }
+
+    /// As [`CachedBlob::fill`]; `progress` counts the bytes of extents that are here.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn fill_counted(&self, bytes: Range<u64>, progress: &AtomicU64) -> Result<()> {
         self.check_range(&bytes)?;
         let extents = self.slot.extents.touched_by(&bytes);
         let window = self.slot.extents.in_bytes(CACHE_AHEAD_BYTES_MAX);
         let mut at = extents.start;
         let mut spread_to = at;
         let mut deadline = self.deadline();
+        let passed = |extents: Range<u64>| {
+            let bytes = self.slot.extents.bytes_of(&extents);
+            progress.fetch_add(bytes.end.saturating_sub(bytes.start), Ordering::Relaxed);
+        };
         while at < extents.end {
             self.check_in_time(deadline)?;
             self.slot.check_not_condemned()?;
             let residence = self.slot.residence.load_full();
             let pair = match &*residence {
-                Residence::Whole(_) => return Ok(()),
+                Residence::Whole(_) => break,
                 Residence::Partial(pair) => pair,
                 Residence::Nothing => return Err(self.not_kept()),
             };
             let is_here = |extent| pair.states().are_here(&(extent..extent + 1));
             let run = next_missing(at..extents.end, self.slot.join_max(), is_here);
-            let Some(run) = run else { return Ok(()) };
+            let Some(run) = run else { break };
             if run.start > at {
                 // It goes on: each request has its own time.
+                passed(at..run.start);
                 at = run.start;
                 deadline = self.deadline();
             }
@@ -292,10 +305,11 @@ impl CachedBlob {
                 return Err(self.not_kept());
             }
         }
+        passed(at..extents.end);
         Ok(())
     }
 
-    fn not_kept(&self) -> Error {
+    pub(super) fn not_kept(&self) -> Error {
         let message = format!("{}: the cache cannot keep it", self.fetch.name());
         Error::new(ErrorKind::NoSpace, message)
     }
@@ -543,6 +557,29 @@ impl RemoteBlob for CachedBlob {
                 pair.states().are_here(&self.slot.extents.touched_by(&(offset_bytes..end)))
             }
             Residence::Nothing => false,
+        }
+    }
+
+    fn usage(&self) -> RemoteUsage {
+        let stats = self.stats();
+        let asked = self.fetch.usage();
+        let is_whole = matches!(&**self.slot.residence.load(), Residence::Whole(_));
+        RemoteUsage {
+            blobs: 1,
+            whole_blobs: u64::from(is_whole || stats.promoted > 0),
+            blob_bytes: self.bytes(),
+            hits: stats.hits,
+            misses: stats.misses,
+            needed_bytes: stats.needed_bytes,
+            fetched_bytes: stats.fetched_bytes,
+            ahead_bytes: stats.ahead_bytes,
+            fetch_failures: stats.fetch_failures,
+            quarantined_extents: stats.quarantined,
+            refetched_extents: stats.discarded,
+            degraded_extents: stats.degraded,
+            requests: asked.requests,
+            retries: asked.retries,
+            credential_waits: asked.credential_waits,
         }
     }
 

@@ -71,7 +71,7 @@ impl CachedBlob {
             // What was fetched was not kept: the next read fetches it again.
             Residence::Nothing => {
                 let (now, mut discards) = (Instant::now(), lock(&slot.discards));
-                return extents.fold(false, |any, extent| discards.take(extent, now) || any);
+                return extents.filter(|extent| discards.take(*extent, now)).count() > 0;
             }
         };
         match done {

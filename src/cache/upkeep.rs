@@ -1,13 +1,52 @@
 //! What the background does for each open blob.
 
-use super::blob::{Residence, Slot};
+use super::blob::{CachedBlob, Residence, Slot};
 use super::flight::lock;
 use super::listing::touch;
 use super::promote::{Commit, Promotion, commit_into, promote};
 use super::stats::count;
+use crate::error::{Error, ErrorKind, Result};
+use crate::limits::CACHE_POLL_MS_MAX;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+impl CachedBlob {
+    /// Makes a plain file of a blob all of whose bytes are here, if they have its digest, and puts
+    /// it into the folders that want it. Reads all of it; waits until `deadline` for whoever else
+    /// is at it.
+    ///
+    /// # Errors
+    /// `Timeout`; `NoSpace` when the cache cannot be used for it; `Io`.
+    pub fn promote(&self, deadline: Instant) -> Result<Promotion> {
+        let slot = &self.slot;
+        loop {
+            let residence = slot.residence.load_full();
+            let promotion = match &*residence {
+                Residence::Whole(_) => {
+                    slot.commit();
+                    return Ok(Promotion::Done);
+                }
+                Residence::Nothing => return Err(self.not_kept()),
+                // Somebody else promoted or removed it.
+                Residence::Partial(pair) if pair.is_retired().unwrap_or(false) => {
+                    slot.reopen(&residence);
+                    Promotion::Busy
+                }
+                Residence::Partial(_) => slot.promote_once(&residence)?,
+            };
+            if promotion != Promotion::Busy {
+                return Ok(promotion);
+            }
+            if Instant::now() >= deadline {
+                let message = format!("{}: another process is at it for too long", slot.digest);
+                return Err(Error::new(ErrorKind::Timeout, message));
+            }
+            std::thread::sleep(Duration::from_millis(CACHE_POLL_MS_MAX));
+        }
+    }
+}
 
 impl Slot {
     /// Looks after the blob's files, every so often.
@@ -59,7 +98,7 @@ impl Slot {
         let weak = Arc::downgrade(self);
         let job = move || {
             if let Some(slot) = weak.upgrade() {
-                slot.promote_now(&slot.residence.load_full());
+                slot.promote_and_log(&slot.residence.load_full());
             }
         };
         if !self.shared.pool.push(Box::new(job)) {
@@ -67,23 +106,11 @@ impl Slot {
         }
     }
 
-    fn promote_now(&self, residence: &Arc<Residence>) {
-        let (Some(folder), Some(pair)) = (&self.shared.folder, residence.pair()) else { return };
-        match promote(folder, pair) {
-            Ok(Promotion::Done) => {
-                count(&self.counters.promoted, 1);
-                tracing::info!(digest = %self.digest, "complete and right: a plain file now");
-                self.commit();
-                // Stays asked: there is nothing to promote any more.
-                return;
-            }
-            Ok(Promotion::Damaged(extents)) => count(&self.counters.quarantined, extents),
-            Ok(Promotion::Condemned) => {
-                count(&self.counters.condemned, 1);
-                self.condemned.fetch_add(1, Ordering::AcqRel);
-                self.reopen(residence);
-            }
-            Ok(Promotion::Incomplete | Promotion::Busy) => {}
+    fn promote_and_log(&self, residence: &Arc<Residence>) {
+        match self.promote_once(residence) {
+            // Stays asked: there is nothing to promote any more.
+            Ok(Promotion::Done) => return,
+            Ok(_) => {}
             Err(error) => {
                 let error = format!("{error:#}");
                 tracing::warn!(digest = %self.digest, error, "not promoted");
@@ -92,6 +119,28 @@ impl Slot {
             }
         }
         self.promotion_asked.store(false, Ordering::Release);
+    }
+
+    fn promote_once(&self, residence: &Arc<Residence>) -> Result<Promotion> {
+        let (Some(folder), Some(pair)) = (&self.shared.folder, residence.pair()) else {
+            return Ok(Promotion::Incomplete);
+        };
+        let promotion = promote(folder, pair)?;
+        match promotion {
+            Promotion::Done => {
+                count(&self.counters.promoted, 1);
+                tracing::info!(digest = %self.digest, "complete and right: a plain file now");
+                self.commit();
+            }
+            Promotion::Damaged(extents) => count(&self.counters.quarantined, extents),
+            Promotion::Condemned => {
+                count(&self.counters.condemned, 1);
+                self.condemned.fetch_add(1, Ordering::AcqRel);
+                self.reopen(residence);
+            }
+            Promotion::Incomplete | Promotion::Busy => {}
+        }
+        Ok(promotion)
     }
 
     /// Puts the plain file where it is wanted too. Each folder is tried once.

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::load_image_config;
+use crate::limits::IO_DEADLINE_SECONDS_MAX;
 use crate::server::{RunDir, devices_of_config, parse_id};
 use crate::upper::PairPaths;
 use std::ffi::OsStr;
@@ -74,6 +75,16 @@ pub(crate) fn pair_of_config(path: &Path) -> Result<PairPaths> {
     };
     let path = |text: &str| PathBuf::from(text);
     Ok(PairPaths { data: path(upper.data.as_str()), index: path(upper.index.as_str()) })
+}
+
+/// How long a read of a layer in a registry may take.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub(crate) struct DeadlineArgs {
+    /// How long a read may take that has to be fetched from a registry; then it fails, with the
+    /// errno that says why [default: 60]
+    #[arg(long = "io-deadline", value_name = "SECONDS")]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..=IO_DEADLINE_SECONDS_MAX))]
+    pub(crate) io_deadline: Option<u64>,
 }
 
 /// The run folder of this host, once it can be believed: commands act on what it says about devices

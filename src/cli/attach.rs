@@ -1,6 +1,6 @@
 //! `attach`: a config becomes a device.
 
-use super::args::{parse_size, trusted_run_dir};
+use super::args::{DeadlineArgs, parse_size, trusted_run_dir};
 use super::output;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{
@@ -90,6 +90,9 @@ pub(crate) struct ServeArgs {
     /// The settings of the host [default: /etc/overlaybd/overlaybd.json if it exists]
     #[arg(long, value_name = "FILE")]
     service_config: Option<PathBuf>,
+
+    #[command(flatten)]
+    deadline: DeadlineArgs,
 }
 
 impl ServeArgs {
@@ -108,6 +111,7 @@ impl ServeArgs {
                     .clone()
                     .map(|folder| UpperWish { folder, ephemeral: self.ephemeral }),
                 quota_bytes: self.quota,
+                io_deadline_s: self.deadline.io_deadline,
             },
             read_only: self.read_only,
             verbosity,

@@ -1,9 +1,10 @@
 //! `explain`: from a sector of the disk to the bytes of a file that it comes from. `why` asks the
 //! same of the requests that failed.
 
+use super::args::DeadlineArgs;
 use super::output::print_facts;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Layer, Provenance, Stack, load_image_config, load_service_config};
+use crate::image::{Layer, Provenance, Stack, load_image_config, load_service_config_with};
 use crate::units::{SECTOR_SIZE, sectors_to_bytes};
 use clap::Parser;
 use serde_json::{Value, json};
@@ -20,13 +21,16 @@ pub(crate) struct Args {
     /// Host-wide settings [default: /etc/overlaybd/overlaybd.json, which may be absent]
     #[arg(long, value_name = "FILE")]
     service_config: Option<PathBuf>,
+    #[command(flatten)]
+    deadline: DeadlineArgs,
     /// Print JSON
     #[arg(long)]
     json: bool,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let service = load_service_config(args.service_config.as_deref())?;
+    let service = args.service_config.as_deref();
+    let service = load_service_config_with(service, args.deadline.io_deadline)?;
     let config = load_image_config(&args.config, args.service_config.as_deref())?;
     let stack = Stack::open(&config, &service)?;
     let sectors = stack.virtual_bytes() / SECTOR_SIZE;

@@ -1,9 +1,10 @@
 //! `export`: the flattened disk as a raw file or stream.
 
+use super::args::DeadlineArgs;
 use super::output::with_progress;
 use super::output_file::OutputFile;
 use crate::error::{Error, Result};
-use crate::image::{Stack, check_output, load_image_config, load_service_config};
+use crate::image::{Stack, check_output, load_image_config, load_service_config_with};
 use clap::Parser;
 use std::path::PathBuf;
 
@@ -19,10 +20,13 @@ pub(crate) struct Args {
     /// Host-wide settings [default: /etc/overlaybd/overlaybd.json, which may be absent]
     #[arg(long, value_name = "FILE")]
     service_config: Option<PathBuf>,
+    #[command(flatten)]
+    deadline: DeadlineArgs,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let service = load_service_config(args.service_config.as_deref())?;
+    let service = args.service_config.as_deref();
+    let service = load_service_config_with(service, args.deadline.io_deadline)?;
     let config = load_image_config(&args.config, args.service_config.as_deref())?;
     check_output(&args.config, &config, &args.output)?;
     let image = Stack::open(&config, &service)?.into_image()?;

@@ -26,6 +26,8 @@ mod list;
 mod output;
 mod output_file;
 mod own;
+#[cfg(feature = "registry")]
+mod prefetch;
 mod recover;
 mod redact;
 mod report;
@@ -96,6 +98,8 @@ enum Command {
     Verify(verify::Args),
     Export(export::Args),
     Explain(explain::Args),
+    #[cfg(feature = "registry")]
+    Prefetch(prefetch::Args),
     #[cfg(feature = "registry")]
     Cache(cache::Args),
     Why(why::Args),
@@ -171,6 +175,8 @@ impl Command {
             Self::Verify(args) => verify::run(args),
             Self::Export(args) => export::run(args),
             Self::Explain(args) => explain::run(args),
+            #[cfg(feature = "registry")]
+            Self::Prefetch(args) => prefetch::run(args),
             #[cfg(feature = "registry")]
             Self::Cache(args) => cache::run(args),
             Self::Why(args) => why::run(args),

@@ -1,5 +1,6 @@
 //! `serve`: an image for programs that speak NBD, where there is no ublk or no need of it.
 
+use super::args::DeadlineArgs;
 use super::output;
 use crate::error::Result;
 use crate::server::{self, NbdOptions, NbdServing};
@@ -30,6 +31,9 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE")]
     service_config: Option<PathBuf>,
 
+    #[command(flatten)]
+    deadline: DeadlineArgs,
+
     /// Print what is served as JSON instead of the bare address
     #[arg(long)]
     json: bool,
@@ -41,6 +45,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         service_config: args.service_config.clone(),
         read_only: args.read_only,
         socket: args.nbd.clone(),
+        io_deadline_s: args.deadline.io_deadline,
     };
     server::serve_nbd(&options, |serving| output::print_or_fail(&line(args.json, serving)))
 }

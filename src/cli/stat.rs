@@ -5,7 +5,7 @@ use super::output;
 use super::table::{format_bytes, format_table};
 use crate::error::{Result, ResultExt};
 use crate::server;
-use crate::server::protocol::{DeviceStat, UpperUsage};
+use crate::server::protocol::{DeviceStat, RemoteStat, UpperUsage};
 use serde_json::json;
 use std::ffi::OsString;
 use std::fmt::Write;
@@ -42,6 +42,7 @@ fn text(stat: &DeviceStat) -> String {
         vec!["recovery".to_owned(), recovery(stat)],
     ];
     rows.extend(stat.upper.iter().flat_map(upper_rows));
+    rows.extend(stat.remote.iter().flat_map(remote_rows));
     let Some(counters) = &stat.counters else { return format_table(&rows) };
     let error = counters.last_error.clone().unwrap_or_else(|| "none".to_owned());
     rows.push(vec!["last error".to_owned(), error]);
@@ -89,6 +90,49 @@ fn upper_rows(upper: &UpperUsage) -> Vec<Vec<String>> {
     rows
 }
 
+/// What layers in a registry cost.
+fn remote_rows(remote: &RemoteStat) -> Vec<Vec<String>> {
+    let percent = remote.fetched_percent;
+    let ratio = percent.map_or_else(String::new, |it| format!(" ({it} %)"));
+    let row = |name: &str, text: String| vec![name.to_owned(), text];
+    vec![
+        row(
+            "elsewhere",
+            format!(
+                "{} layers, {} of them complete here; {}",
+                remote.layers,
+                remote.whole_layers,
+                format_bytes(remote.layer_bytes)
+            ),
+        ),
+        row(
+            "cache",
+            format!(
+                "{} hits, {} misses; {} fetched for {} asked for{ratio}, {} ahead",
+                remote.hits,
+                remote.misses,
+                format_bytes(remote.fetched_bytes),
+                format_bytes(remote.needed_bytes),
+                format_bytes(remote.ahead_bytes)
+            ),
+        ),
+        row(
+            "extents",
+            format!(
+                "{} thrown away, {} of them for their content; {} not kept",
+                remote.quarantined_extents, remote.refetched_extents, remote.degraded_extents
+            ),
+        ),
+        row(
+            "registry",
+            format!(
+                "{} requests, {} made again; {} waits for credentials, {} failures",
+                remote.requests, remote.retries, remote.credential_waits, remote.fetch_failures
+            ),
+        ),
+    ]
+}
+
 /// Whether the device outlives its server, and how it did.
 fn recovery(stat: &DeviceStat) -> String {
     if !stat.recoverable {
@@ -110,6 +154,7 @@ fn recovery(stat: &DeviceStat) -> String {
 mod tests {
     use super::*;
     use crate::server::kernel::{Counters, QueueCounters};
+    use crate::source::RemoteUsage;
 
     #[test]
     fn a_quota_is_shown_with_its_used_share_and_the_warning() {
@@ -142,6 +187,44 @@ mod tests {
     }
 
     #[test]
+    fn layers_in_a_registry_are_shown_with_what_they_cost() {
+        let usage = RemoteUsage {
+            blobs: 3,
+            whole_blobs: 1,
+            blob_bytes: 4096,
+            hits: 10,
+            misses: 2,
+            needed_bytes: 1024,
+            fetched_bytes: 2048,
+            ahead_bytes: 512,
+            fetch_failures: 7,
+            quarantined_extents: 6,
+            refetched_extents: 5,
+            degraded_extents: 4,
+            requests: 9,
+            retries: 8,
+            credential_waits: 1,
+        };
+        let stat = RemoteStat::of(&usage);
+        assert_eq!(stat.fetched_percent, Some(200));
+        assert_eq!(RemoteStat::of(&RemoteUsage::default()).fetched_percent, None);
+        let rows: Vec<_> = remote_rows(&stat).into_iter().map(|row| row.join("|")).collect();
+        assert_eq!(
+            rows,
+            [
+                "elsewhere|3 layers, 1 of them complete here; 4.00 KiB",
+                "cache|10 hits, 2 misses; 2.00 KiB fetched for 1.00 KiB asked for (200 %), 512 B \
+                 ahead",
+                "extents|6 thrown away, 5 of them for their content; 4 not kept",
+                "registry|9 requests, 8 made again; 1 waits for credentials, 7 failures",
+            ]
+        );
+        // What an older server says.
+        let older: RemoteStat = serde_json::from_value(json!({"hits": 1})).unwrap();
+        assert_eq!((older.hits, older.retries), (1, 0));
+    }
+
+    #[test]
     fn counters_are_shown_per_queue_and_in_sum() {
         let queue = QueueCounters {
             requests: 3,
@@ -163,6 +246,7 @@ mod tests {
             last_recovery: None,
             counters: None,
             upper: None,
+            remote: None,
         };
         let head = "device    /dev/ublkb0\nconfig    /c\nserver    process 42\n\
                     size      1.00 GiB (1073741824 bytes)\nmode      read-only\nup        61 s\n\

@@ -262,6 +262,9 @@ pub struct ServiceConfig {
     pub io_engine: u32,
     /// What we call ourselves to registries; empty for our name and version.
     pub user_agent: String,
+    /// How long a read of a layer in a registry may take, as the command line says; no file does.
+    #[serde(skip)]
+    pub io_deadline_seconds: Option<u64>,
 }
 
 impl Default for ServiceConfig {
@@ -277,6 +280,7 @@ impl Default for ServiceConfig {
             cert_config: CertConfig::default(),
             io_engine: 0,
             user_agent: String::new(),
+            io_deadline_seconds: None,
         }
     }
 }

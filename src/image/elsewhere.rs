@@ -66,7 +66,9 @@ pub(super) fn config_of(reference: &Path, service: &ServiceConfig) -> Result<Vec
 #[must_use]
 pub fn cache_settings(service: &ServiceConfig) -> Settings {
     let quota_bytes = service.cache_config.cache_size_gb.saturating_mul(1 << 30);
-    Settings { folder: cache_folder(), quota_bytes, ..Settings::default() }
+    let defaults = Settings::default();
+    let deadline = service.io_deadline_seconds.map_or(defaults.deadline, Duration::from_secs);
+    Settings { folder: cache_folder(), quota_bytes, deadline, ..defaults }
 }
 
 /// Folders that reading a layer from a registry goes on to need.
@@ -91,6 +93,8 @@ fn docker_folder() -> Option<PathBuf> {
 pub(super) struct Elsewhere {
     registry: Arc<Registry>,
     cache: Cache,
+    /// How long one step of opening may take.
+    patience: Duration,
 }
 
 impl Elsewhere {
@@ -100,7 +104,9 @@ impl Elsewhere {
     /// `InvalidConfig` naming the option.
     pub(super) fn new(service: &ServiceConfig) -> Result<Self> {
         let registry = Registry::new(options(service))?;
-        Ok(Self { registry, cache: Cache::open_or_bypass(cache_settings(service)) })
+        let settings = cache_settings(service);
+        let patience = settings.deadline.min(Duration::from_secs(RESOLVE_SECONDS_MAX));
+        Ok(Self { registry, cache: Cache::open_or_bypass(settings), patience })
     }
 
     /// The bytes of a layer. Its head and its tail are fetched at once, if they are not here:
@@ -109,8 +115,18 @@ impl Elsewhere {
     /// # Errors
     /// `InvalidConfig` for a digest or a URL that cannot be; why the blob cannot be had.
     pub(super) fn open(&self, lower: &LowerConfig, repo_blob_url: &str) -> Result<Source> {
+        let blob = self.blob(lower, repo_blob_url)?;
+        fill_ends(&blob)?;
+        Ok(Source::Remote(Arc::new(blob)))
+    }
+
+    /// The blob of a layer, of which nothing is fetched yet, but its length where nobody told it.
+    ///
+    /// # Errors
+    /// As [`Elsewhere::open`].
+    pub(super) fn blob(&self, lower: &LowerConfig, repo_blob_url: &str) -> Result<CachedBlob> {
         let url = Some(lower.repo_blob_url.as_str()).filter(|url| !url.is_empty());
-        let deadline = Instant::now() + Duration::from_secs(RESOLVE_SECONDS_MAX);
+        let deadline = Instant::now() + self.patience;
         let size = Some(lower.size).filter(|size| *size > 0);
         let url = url.unwrap_or(repo_blob_url);
         let blob = self.registry.blob(url, &lower.digest, size, deadline)?;
@@ -120,8 +136,7 @@ impl Elsewhere {
             // As many as are asked for in one open fit; one that does not is no loss.
             let _ = blob.commit_when_complete(PathBuf::from(&lower.dir));
         }
-        fill_ends(&blob);
-        Ok(Source::Remote(Arc::new(blob)))
+        Ok(blob)
     }
 }
 
@@ -167,8 +182,8 @@ impl Seen {
             return false;
         }
         let ranges = std::mem::take(&mut *self.ranges());
-        let discard = |range: &Range<u64>| self.blob.discard(range.start, range.end - range.start);
-        ranges.iter().fold(false, |any, range| discard(range) || any)
+        let discard = |range: &&Range<u64>| self.blob.discard(range.start, range.end - range.start);
+        ranges.iter().filter(discard).count() > 0
     }
 
     fn ranges(&self) -> std::sync::MutexGuard<'_, Vec<Range<u64>>> {
@@ -202,18 +217,27 @@ impl RemoteBlob for Seen {
     }
 }
 
-/// Brings both ends of a blob here, at the same time. What fails is told by who reads it.
-fn fill_ends(blob: &CachedBlob) {
+/// Brings both ends of a blob here, at the same time.
+///
+/// # Errors
+/// Why they cannot be had. What only cannot be kept is fetched by who reads it.
+fn fill_ends(blob: &CachedBlob) -> Result<()> {
     let bytes = blob.bytes();
     let tail = bytes.saturating_sub(OPEN_TAIL_BYTES)..bytes;
-    std::thread::scope(|scope| {
+    let (head, tail) = std::thread::scope(|scope| {
         let spawned = std::thread::Builder::new()
             .name("open-tail".to_owned())
             .spawn_scoped(scope, || blob.fill(tail));
         let head = blob.fill(0..bytes.min(OPEN_HEAD_BYTES));
-        let tail = spawned.map(std::thread::ScopedJoinHandle::join);
-        tracing::trace!(?head, ?tail, "the ends of a layer");
+        // Without a thread for it, who opens the layer fetches it.
+        let tail = spawned.ok().and_then(|tail| tail.join().ok()).unwrap_or(Ok(()));
+        (head, tail)
     });
+    let is_kept = |error: &Error| error.kind() != ErrorKind::NoSpace;
+    match head.and(tail) {
+        Err(error) if is_kept(&error) => Err(error),
+        _ => Ok(()),
+    }
 }
 
 fn options(service: &ServiceConfig) -> Options {

@@ -25,6 +25,8 @@ mod live;
 mod open;
 mod parcel;
 mod payload;
+#[cfg(feature = "registry")]
+mod prefetch;
 mod reader;
 mod single;
 mod sparse_image;
@@ -38,11 +40,13 @@ pub use identity::LayerIdentity;
 pub use layer::{Layer, LayerKind};
 pub use live::{LiveImage, LiveWorker};
 pub use open::{
-    check_output, load_image_config, load_service_config, open_each, parse_image_config,
-    read_config, read_if_config,
+    check_output, load_image_config, load_service_config, load_service_config_with, open_each,
+    parse_image_config, read_config, read_if_config,
 };
 pub use parcel::Parcel;
 pub use payload::{Payload, Wrapping, ZfilePart};
+#[cfg(feature = "registry")]
+pub use prefetch::{Prefetch, Prefetched};
 pub use reader::{Reader, Scratch};
 pub use single::{is_reference, read_config_or_layer};
 pub use sparse_image::{SparseImage, SparseImageWorker};
@@ -51,8 +55,9 @@ pub use writable::{UpperChoice, WritableImage, WritableWorker};
 
 use crate::disk::{Disk, Geometry};
 use crate::error::Result;
+use crate::format::config::ServiceConfig;
 use crate::map::FlatMap;
-use crate::source::{RemoteBlob, Source};
+use crate::source::{RemoteBlob, RemoteUsage, Source};
 use crate::units::SECTOR_SIZE;
 use std::path::Path;
 use std::sync::Arc;
@@ -99,9 +104,24 @@ impl Image {
     /// # Errors
     /// As [`Image::open_config`], but for reading the config.
     pub fn open_bytes(config: &Path, bytes: &[u8], service_config: Option<&Path>) -> Result<Self> {
-        let service = load_service_config(service_config)?;
+        Self::open_text(config, bytes, &load_service_config(service_config)?)
+    }
+
+    /// As [`Image::open_bytes`], with settings of the host that were read already.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn open_text(config: &Path, bytes: &[u8], service: &ServiceConfig) -> Result<Self> {
         let config = parse_image_config(config, bytes)?;
-        Stack::open(&config, &service)?.into_image()
+        Stack::open(&config, service)?.into_image()
+    }
+
+    /// What its layers in a registry cost this process so far; `None` when all are here.
+    #[must_use]
+    pub fn remote_usage(&self) -> Option<RemoteUsage> {
+        let mut sum = RemoteUsage::default();
+        self.parts.remote_blobs().for_each(|blob| sum.add(&blob.usage()));
+        (sum.blobs > 0).then_some(sum)
     }
 
     /// The merged map.

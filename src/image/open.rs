@@ -55,6 +55,18 @@ pub fn load_service_config(path: Option<&Path>) -> Result<ServiceConfig> {
     ServiceConfig::parse(&bytes).context(|| format!("parse {shown}"))
 }
 
+/// As [`load_service_config`], with how long a read of a layer in a registry may take, if the caller
+/// says so.
+///
+/// # Errors
+/// As there.
+pub fn load_service_config_with(
+    path: Option<&Path>,
+    io_deadline_seconds: Option<u64>,
+) -> Result<ServiceConfig> {
+    Ok(ServiceConfig { io_deadline_seconds, ..load_service_config(path)? })
+}
+
 /// The text of a config file.
 ///
 /// # Errors
@@ -244,7 +256,7 @@ fn open_layer(name: &str, source: Source) -> Result<Layer> {
 }
 
 /// Where a layer is.
-enum Found {
+pub(super) enum Found {
     /// In this file.
     Here(PathBuf),
     /// In none of these files; but it has a digest.
@@ -252,7 +264,7 @@ enum Found {
 }
 
 /// The first candidate that exists, in the reference's order.
-fn find_lower(lower: &LowerConfig) -> Result<Found> {
+pub(super) fn find_lower(lower: &LowerConfig) -> Result<Found> {
     let candidates = lower.local_candidates();
     for path in &candidates {
         match path.try_exists() {

@@ -1,7 +1,7 @@
 //! One blob, fetched by ranges.
 
 use super::blob_url::{BlobPlace, Origin};
-use super::client::{Host, Registry};
+use super::client::{Counters, Host, Registry};
 use super::digest::Digest;
 use super::fault::Fault;
 use super::range::{self, Accepted, Asked, Refusal};
@@ -11,13 +11,13 @@ use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::limits::{
     BLOB_REQUESTS_AT_ONCE_MAX, REGISTRY_PIECE_BYTES_MAX, REGISTRY_PIECES_AT_ONCE_MAX,
 };
-use crate::source::Fetch;
+use crate::source::{Fetch, FetchUsage};
 use crate::units::{to_u64, to_usize};
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use reqwest::{Url, header};
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 use tokio::sync::{Semaphore, watch};
 use tokio::time;
@@ -36,6 +36,7 @@ pub struct Blob {
     line: Semaphore,
     /// Whether nobody waits any more.
     canceled: watch::Sender<bool>,
+    counters: Counters,
 }
 
 /// A part of the blob on its way into memory.
@@ -78,6 +79,7 @@ impl Registry {
             routes: self.routes(&place, &digest)?,
             line: Semaphore::new(BLOB_REQUESTS_AT_ONCE_MAX),
             canceled: watch::Sender::new(false),
+            counters: Counters::default(),
         };
         if bytes.is_none() {
             let asked = self.runtime.block_on(blob.length(deadline));
@@ -142,7 +144,7 @@ impl Blob {
             return Err(Error::new(ErrorKind::InvalidConfig, "there is no way to the blob"));
         };
         let (host, access) = (Arc::clone(&self.host), Arc::clone(own.access()));
-        let mut tries = Tries::new(&self.registry, host, access, deadline);
+        let mut tries = Tries::new((&self.registry, &self.counters), host, access, deadline);
         loop {
             let told = piece.missing();
             let told = || format!("fetch bytes {} to {} of {}", told.start, told.end, self.name);
@@ -195,6 +197,7 @@ impl Blob {
 
     async fn attempt_by(&self, route: &Route, piece: &mut Piece<'_>) -> Result<Accepted, Fault> {
         let asked = Asked { bytes: piece.missing(), total_bytes: piece.total_bytes };
+        self.counters.requests.fetch_add(1, Ordering::Relaxed);
         let wanted = format!("bytes={}-{}", asked.bytes.start, asked.bytes.end - 1);
         let answer = route.open(&self.registry, &vec![(header::RANGE, wanted)]).await?;
         let refused = |refusal: Refusal| {
@@ -279,6 +282,15 @@ impl Fetch for Blob {
                 fetched = self.pieces(offset_bytes, dst, deadline) => fetched,
             }
         })
+    }
+
+    fn usage(&self) -> FetchUsage {
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        FetchUsage {
+            requests: load(&self.counters.requests),
+            retries: load(&self.counters.retries),
+            credential_waits: load(&self.counters.credential_waits),
+        }
     }
 
     fn cancel(&self) {

@@ -36,6 +36,7 @@ pub(super) struct Counters {
     pub(super) requests: AtomicU64,
     pub(super) retries: AtomicU64,
     pub(super) bytes: AtomicU64,
+    pub(super) credential_waits: AtomicU64,
 }
 
 /// What was done so far.
@@ -100,7 +101,7 @@ impl Registry {
     /// What was done so far, by all blobs together.
     #[must_use]
     pub fn counts(&self) -> Counts {
-        let Counters { requests, retries, bytes } = &self.counters;
+        let Counters { requests, retries, bytes, .. } = &self.counters;
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Counts { requests: load(requests), retries: load(retries), bytes: load(bytes) }
     }

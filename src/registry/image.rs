@@ -4,7 +4,7 @@
 //! is one, and each next one as the document before it says. What a tag means is the registry's
 //! word, and its `Docker-Content-Digest` is checked against what it sent.
 
-use super::client::Registry;
+use super::client::{Counters, Registry};
 use super::digest::Digest;
 use super::fault::Fault;
 use super::manifest::{self, Descriptor, Document, Manifest, Platform};
@@ -202,7 +202,8 @@ impl Registry {
         let host = self.host(&place.origin().host);
         let invalid = |e| Error::new(ErrorKind::InvalidConfig, format!("URL of {reference}: {e}"));
         let route = Route::new(Url::parse(url).map_err(invalid)?, Arc::clone(&access), None);
-        let mut tries = Tries::new(self, host, Arc::clone(&access), deadline);
+        let own = Counters::default();
+        let mut tries = Tries::new((self, &own), host, Arc::clone(&access), deadline);
         loop {
             let trying = async {
                 tries.before(&access, true).await?;

@@ -1,7 +1,7 @@
 //! Trying again: one request, with all its attempts, until it succeeds or there is no point.
 
 use super::access::Access;
-use super::client::{Host, Registry};
+use super::client::{Counters, Host, Registry};
 use super::fault::Fault;
 use super::retry::{Backoff, Remedy};
 use crate::error::Error;
@@ -16,6 +16,8 @@ use tokio::time;
 #[derive(Debug)]
 pub(super) struct Tries<'a> {
     registry: &'a Registry,
+    /// Those of who asks.
+    own: &'a Counters,
     host: Arc<Host>,
     access: Arc<Access>,
     deadline: Instant,
@@ -30,7 +32,7 @@ pub(super) struct Tries<'a> {
 
 impl<'a> Tries<'a> {
     pub(super) fn new(
-        registry: &'a Registry,
+        (registry, own): (&'a Registry, &'a Counters),
         host: Arc<Host>,
         access: Arc<Access>,
         deadline: Instant,
@@ -38,7 +40,19 @@ impl<'a> Tries<'a> {
         let backoff = Backoff::new(fastrand::Rng::new());
         let (attempts, malformed, asks) = (0, 0, 0);
         let (last, turn) = (None, None);
-        Self { registry, host, access, deadline, backoff, attempts, malformed, asks, last, turn }
+        Self {
+            registry,
+            own,
+            host,
+            access,
+            deadline,
+            backoff,
+            attempts,
+            malformed,
+            asks,
+            last,
+            turn,
+        }
     }
 
     /// The time that is left.
@@ -72,6 +86,7 @@ impl<'a> Tries<'a> {
     }
 
     async fn wait_in_line(&mut self, access: &'a Access, why: Fault) -> Result<(), Error> {
+        self.own.credential_waits.fetch_add(1, Ordering::Relaxed);
         let waited = time::timeout_at(self.deadline.into(), access.wait(&mut self.asks)).await;
         match waited {
             Ok(turn) => {
@@ -130,6 +145,7 @@ impl<'a> Tries<'a> {
         }
         tracing::debug!("again in {pause:?}: {}", fault.text);
         self.registry.counters.retries.fetch_add(1, Ordering::Relaxed);
+        self.own.retries.fetch_add(1, Ordering::Relaxed);
         self.last = Some(fault);
         time::sleep(pause).await;
         Ok(())

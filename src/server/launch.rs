@@ -158,6 +158,7 @@ fn serve<H: Housing>(
         read_only: prepared.read_only,
         make_upper: order.upper.is_some(),
         quota_bytes: order.quota_bytes,
+        io_deadline_s: order.io_deadline_s,
     };
     server.serve(mailbox, move || {
         parsed.and_then(|()| ServedDisk::open(&config, &absolute, service_config.as_deref(), how))
@@ -349,6 +350,7 @@ fn arguments(options: &AttachOptions, order: &Order) -> Vec<OsString> {
     option("--depth", Some(order.depth.to_string().into()));
     option("--service-config", order.service_config.clone().map(Into::into));
     option("--quota", order.quota_bytes.map(|bytes| bytes.to_string().into()));
+    option("--io-deadline", order.io_deadline_s.map(|seconds| seconds.to_string().into()));
     option("--upper", order.upper.as_ref().map(|upper| upper.folder.clone().into()));
     if order.upper.as_ref().is_some_and(|upper| upper.ephemeral) {
         arguments.push("--ephemeral".into());
@@ -466,6 +468,7 @@ mod tests {
             supervised: false,
             upper: None,
             quota_bytes: None,
+            io_deadline_s: None,
         };
         let options = AttachOptions { order: order.clone(), read_only: true, verbosity: 2 };
         let line = "serve-device --id 3 --queues 2 --depth 64 --service-config /s --read-only \
@@ -474,9 +477,10 @@ mod tests {
         assert_eq!(arguments(&options, &order), expected);
         let upper = Some(UpperWish { folder: "/u".into(), ephemeral: true });
         let order = Order { upper, quota_bytes: Some(1 << 20), supervised: true, ..order };
+        let order = Order { io_deadline_s: Some(7), ..order };
         let options = AttachOptions { order: order.clone(), read_only: false, verbosity: 0 };
         let line = "serve-device --id 3 --queues 2 --depth 64 --service-config /s --quota 1048576 \
-                    --upper /u --ephemeral -- /c/-v.json";
+                    --io-deadline 7 --upper /u --ephemeral -- /c/-v.json";
         let expected: Vec<OsString> = line.split(' ').map(Into::into).collect();
         assert_eq!(arguments(&options, &order), expected);
     }

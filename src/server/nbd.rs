@@ -25,6 +25,8 @@ pub struct NbdOptions {
     pub read_only: bool,
     /// Where the socket is to be.
     pub socket: PathBuf,
+    /// How long a read of a layer in a registry may take, in seconds, if not the default.
+    pub io_deadline_s: Option<u64>,
 }
 
 /// A socket that clients can connect to.
@@ -52,9 +54,15 @@ pub fn serve_nbd(
     signals::block()?;
     let service_config = options.service_config.as_deref();
     let prepared = prepare(&options.config, service_config, options.read_only, None)?;
+    let how = How {
+        read_only: prepared.read_only,
+        make_upper: false,
+        quota_bytes: None,
+        io_deadline_s: options.io_deadline_s,
+    };
     let (sender, inbox) = channel();
     let up = signals::forward(sender)
-        .and_then(|()| bring_up(&prepared, &options.socket, &inbox, announce));
+        .and_then(|()| bring_up((&prepared, how), &options.socket, &inbox, announce));
     let (server, upper) = up.inspect_err(|error| report(prepared.result_file.as_ref(), error))?;
     // Kept open, the result file would keep its file system from being unmounted.
     drop(prepared);
@@ -71,7 +79,7 @@ pub fn serve_nbd(
 }
 
 fn bring_up(
-    prepared: &Prepared,
+    (prepared, how): (&Prepared, How),
     socket: &Path,
     inbox: &Receiver<Event>,
     announce: impl FnOnce(&NbdServing) -> Result<()>,
@@ -80,7 +88,6 @@ fn bring_up(
     let socket = std::path::absolute(socket)
         .map_err(|error| Error::io(format!("find socket {}", socket.display()), &error))?;
     let service_config = prepared.service_config.as_deref();
-    let how = How { read_only: prepared.read_only, make_upper: false, quota_bytes: None };
     let disk = ServedDisk::open(config, &prepared.text, service_config, how)?;
     let upper = disk.upper();
     let read_only = upper.is_none();

@@ -64,6 +64,9 @@ pub struct Persisted {
     /// Most bytes of the data file of an upper, if that is bounded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quota_bytes: Option<u64>,
+    /// How long a read of a layer in a registry may take, in seconds, if not the default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io_deadline_s: Option<u64>,
 }
 
 impl Persisted {
@@ -88,6 +91,7 @@ impl Persisted {
             supervised: order.supervised,
             mount,
             quota_bytes: order.quota_bytes,
+            io_deadline_s: order.io_deadline_s,
         }
     }
 
@@ -103,6 +107,7 @@ impl Persisted {
         option("--depth", Some(self.depth.to_string().into()));
         option("--service-config", self.service_config.clone().map(Into::into));
         option("--quota", self.quota_bytes.map(|bytes| bytes.to_string().into()));
+        option("--io-deadline", self.io_deadline_s.map(|seconds| seconds.to_string().into()));
         option("--mount", self.mount.clone().map(Into::into));
         arguments.extend(self.read_only.then(|| "--read-only".into()));
         arguments.extend((!self.supervised).then(|| "--unsupervised".into()));
@@ -300,6 +305,7 @@ mod tests {
             supervised: false,
             upper: None,
             quota_bytes: Some(1 << 30),
+            io_deadline_s: Some(9),
         }
     }
 
@@ -316,7 +322,7 @@ mod tests {
     #[test]
     fn an_entry_is_the_command_line_that_made_it() {
         let expected = "attach --json --id 3 --queues 2 --depth 64 --service-config /s --quota \
-                        1073741824 --mount M --read-only --unsupervised -- /w/c/-v.json";
+                        1073741824 --io-deadline 9 --mount M --read-only --unsupervised -- /w/c/-v.json";
         let expected: Vec<OsString> = expected
             .split(' ')
             .map(|word| if word == "M" { "/mnt/a b".into() } else { word.into() })
@@ -328,6 +334,7 @@ mod tests {
             depth: 128,
             supervised: true,
             quota_bytes: None,
+            io_deadline_s: None,
             ..order()
         };
         let plain = Persisted::new(0, &plain, false, "/".into(), None).attach_arguments();

@@ -7,6 +7,7 @@ use super::supervisor::ParcelFiles;
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Image, LiveImage, Parcel};
+use crate::source::RemoteUsage;
 use std::fmt;
 use std::path::PathBuf;
 
@@ -33,6 +34,11 @@ pub(super) trait Kept: Send + Sync + fmt::Debug {
 
     /// How much its upper holds, if it has one that is written.
     fn usage(&self) -> Option<UpperUsage> {
+        None
+    }
+
+    /// What its layers in a registry cost so far, if it has any.
+    fn remote(&self) -> Option<RemoteUsage> {
         None
     }
 
@@ -69,6 +75,10 @@ impl Kept for Image {
             return crate::image::folders_elsewhere();
         }
         Vec::new()
+    }
+
+    fn remote(&self) -> Option<RemoteUsage> {
+        self.remote_usage()
     }
 
     fn layer_files(&self) -> Vec<LayerFile> {

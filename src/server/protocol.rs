@@ -16,6 +16,7 @@ use super::snapshot::{SnapshotOrder, SnapshotReport};
 use super::state::Recovery;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::ERROR_TEXT_BYTES_MAX;
+use crate::source::RemoteUsage;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -134,6 +135,73 @@ pub struct DeviceStat {
     /// How much the upper holds, if there is one that is written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub upper: Option<UpperUsage>,
+    /// What layers in a registry cost its server so far, if it has any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remote: Option<RemoteStat>,
+}
+
+/// What layers in a registry cost so far.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RemoteStat {
+    /// How many they are.
+    pub layers: u64,
+    /// How many of them are complete in the cache, by their digest.
+    pub whole_layers: u64,
+    /// Their bytes, as they are stored.
+    pub layer_bytes: u64,
+    /// Reads that found all their bytes in the cache.
+    pub hits: u64,
+    /// Reads that did not.
+    pub misses: u64,
+    /// Bytes that reads asked for.
+    pub needed_bytes: u64,
+    /// Bytes that were fetched.
+    pub fetched_bytes: u64,
+    /// The last two, the second in percent of the first; none before anything was asked for.
+    pub fetched_percent: Option<u64>,
+    /// Bytes that were fetched before a read asked for them.
+    pub ahead_bytes: u64,
+    /// Fetches that failed.
+    pub fetch_failures: u64,
+    /// Extents that were kept, found bad and thrown away.
+    pub quarantined_extents: u64,
+    /// Of these, those whose content a layer's own checksums found wrong: fetched once more.
+    pub refetched_extents: u64,
+    /// Extents that were served without being kept.
+    pub degraded_extents: u64,
+    /// Requests, those included that were made again.
+    pub requests: u64,
+    /// Requests that were made again.
+    pub retries: u64,
+    /// Times that a fetch waited for credentials that work.
+    pub credential_waits: u64,
+}
+
+impl RemoteStat {
+    /// The same, as it is told.
+    #[must_use]
+    pub fn of(usage: &RemoteUsage) -> Self {
+        let (needed, fetched) = (usage.needed_bytes, usage.fetched_bytes);
+        Self {
+            layers: usage.blobs,
+            whole_layers: usage.whole_blobs,
+            layer_bytes: usage.blob_bytes,
+            hits: usage.hits,
+            misses: usage.misses,
+            needed_bytes: needed,
+            fetched_bytes: fetched,
+            fetched_percent: fetched.saturating_mul(100).checked_div(needed),
+            ahead_bytes: usage.ahead_bytes,
+            fetch_failures: usage.fetch_failures,
+            quarantined_extents: usage.quarantined_extents,
+            refetched_extents: usage.refetched_extents,
+            degraded_extents: usage.degraded_extents,
+            requests: usage.requests,
+            retries: usage.retries,
+            credential_waits: usage.credential_waits,
+        }
+    }
 }
 
 /// How much a writable upper holds.

@@ -56,6 +56,8 @@ pub struct Order {
     pub upper: Option<UpperWish>,
     /// Most bytes of the data file of the upper that is written.
     pub quota_bytes: Option<u64>,
+    /// How long a read of a layer in a registry may take, in seconds, if not the default.
+    pub io_deadline_s: Option<u64>,
 }
 
 /// A writable upper in a folder of its own.
@@ -305,6 +307,7 @@ impl<K: Kernel, H: Housing> Server<'_, K, H> {
             unsettled: None,
             ephemeral: self.order.upper.as_ref().is_some_and(|upper| upper.ephemeral),
             quota_bytes: self.order.quota_bytes,
+            io_deadline_s: self.order.io_deadline_s,
         }
     }
 

@@ -6,8 +6,8 @@
 use super::control::{ControlSocket, Event};
 use super::kernel::{Kernel, Served};
 use super::portable::Kept;
-use super::protocol::DeviceStat;
 use super::protocol::notes::Note;
+use super::protocol::{DeviceStat, RemoteStat};
 use super::run_dir::{RunDir, Slot};
 use super::served_disk::remove_ephemeral;
 use super::state::{Phase, State};
@@ -280,6 +280,7 @@ fn stat_of<T: Served>(up: &Up<T>) -> DeviceStat {
         last_recovery: up.state.last_recovery,
         counters: up.device.counters(),
         upper: up.kept.usage(),
+        remote: up.kept.remote().as_ref().map(RemoteStat::of),
     }
 }
 

@@ -14,9 +14,9 @@ use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::format::config::ImageConfig;
 use crate::image::{
     Image, LiveImage, LiveWorker, Reader, SparseImage, SparseImageWorker, UpperChoice,
-    WritableImage, load_service_config, open_each,
+    WritableImage, load_service_config_with, open_each,
 };
-use crate::source::Place;
+use crate::source::{Place, RemoteUsage};
 use crate::upper::{self, Form, Pair, PairOptions, PairPaths, SparseUpper, Usage};
 use std::fs::File;
 use std::ops::Range;
@@ -123,6 +123,8 @@ pub(super) struct How {
     pub(super) make_upper: bool,
     /// Most bytes of the upper's data file.
     pub(super) quota_bytes: Option<u64>,
+    /// How long a read of a layer in a registry may take, if not the default.
+    pub(super) io_deadline_s: Option<u64>,
 }
 
 impl ServedDisk {
@@ -143,10 +145,11 @@ impl ServedDisk {
                 let message = "a quota is for an upper that is written, and there is none";
                 return Err(Error::new(ErrorKind::Usage, message));
             }
-            return Image::open_bytes(config, text, service_config).map(Self::ReadOnly);
+            let service = load_service_config_with(service_config, how.io_deadline_s)?;
+            return Image::open_text(config, text, &service).map(Self::ReadOnly);
         };
         parsed.upper = None;
-        let lowers = open_lowers(&parsed, service_config)?;
+        let lowers = open_lowers(&parsed, service_config, how.io_deadline_s)?;
         if !paths.data.exists() {
             // Of a snapshot that was interrupted: not to be met by a new pair.
             check_still_a_pair(&paths)?;
@@ -249,11 +252,15 @@ pub(super) fn pair_paths(config: &ImageConfig) -> Option<PairPaths> {
 }
 
 /// The layers of a config without an upper, merged; `None` when there are none.
-fn open_lowers(config: &ImageConfig, service_config: Option<&Path>) -> Result<Option<Image>> {
+fn open_lowers(
+    config: &ImageConfig,
+    service_config: Option<&Path>,
+    io_deadline_s: Option<u64>,
+) -> Result<Option<Image>> {
     if config.stack_lowers().is_empty() {
         return Ok(None);
     }
-    let service = load_service_config(service_config)?;
+    let service = load_service_config_with(service_config, io_deadline_s)?;
     let layers: Result<Vec<_>> = open_each(config, &service).into_iter().collect();
     crate::image::Stack::from_layers(layers?)?.into_image().map(Some)
 }
@@ -356,6 +363,10 @@ impl Kept for ServedDisk {
         })
     }
 
+    fn remote(&self) -> Option<RemoteUsage> {
+        self.in_lowers(|lowers| lowers.and_then(Image::remote_usage))
+    }
+
     fn live(&self) -> Option<&LiveImage> {
         let Self::Writable(live) = self else { return None };
         Some(live)
@@ -420,7 +431,10 @@ impl Ready {
         let text = serde_json::to_vec(&state.config_content).unwrap_or_default();
         let service = state.service_config.as_deref();
         let Some((upper, paths)) = upper_of(state)? else {
-            let anew = || Image::open_bytes(&state.config, &text, service);
+            let anew = || {
+                let service = load_service_config_with(service, state.io_deadline_s)?;
+                Image::open_text(&state.config, &text, &service)
+            };
             let (image, from_parcel) = unpack_or(files, state, anew)?;
             return Ok((Self::ReadOnly(image), from_parcel));
         };
@@ -434,7 +448,7 @@ impl Ready {
         }
         let anew = || {
             let gone = || Error::new(ErrorKind::NotFound, "the config has no layers any more");
-            open_lowers(&config, service)?.ok_or_else(gone)
+            open_lowers(&config, service, state.io_deadline_s)?.ok_or_else(gone)
         };
         let (lowers, from_parcel) = unpack_or(files, state, anew)?;
         Ok((Self::Writable { lowers: Some(lowers), paths, data }, from_parcel))

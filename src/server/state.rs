@@ -119,6 +119,9 @@ pub struct State {
     /// Most bytes of the upper's data file, if that is bounded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quota_bytes: Option<u64>,
+    /// How long a read of a layer in a registry may take, in seconds, if not the default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io_deadline_s: Option<u64>,
 }
 
 /// What identifies the file of a layer.
@@ -311,6 +314,7 @@ pub(super) fn sample(id: u32) -> State {
         ephemeral: false,
         unsettled: None,
         quota_bytes: None,
+        io_deadline_s: None,
         recovery_count: 0,
         last_recovery: None,
     }
@@ -347,6 +351,16 @@ mod tests {
         let before = text.replace(",\"quota_bytes\":1073741824", "");
         assert_ne!(before, text);
         assert_eq!(parse(before.as_bytes(), 7).unwrap().quota_bytes, None);
+    }
+
+    #[test]
+    fn a_deadline_is_kept_and_a_state_of_before_there_were_any_has_none() {
+        let state = State { io_deadline_s: Some(5), ..sample(7) };
+        let text = serde_json::to_string(&state).unwrap();
+        assert_eq!(parse(text.as_bytes(), 7).unwrap().io_deadline_s, Some(5));
+        let before = text.replace(",\"io_deadline_s\":5", "");
+        assert_ne!(before, text);
+        assert_eq!(parse(before.as_bytes(), 7).unwrap().io_deadline_s, None);
     }
 
     #[test]

@@ -91,6 +91,7 @@ impl World {
             supervised,
             upper: None,
             quota_bytes: None,
+            io_deadline_s: None,
         };
         let result_file = ResultFile::open(&self.folder.path().join("result")).unwrap();
         let (announce, announced) = channel();

@@ -69,7 +69,8 @@ impl World {
     /// The disk as whoever attaches or takes over opens it.
     fn open(&self) -> Result<ServedDisk> {
         let text = serde_json::to_vec(&self.state.config_content).unwrap();
-        let how = How { read_only: false, make_upper: false, quota_bytes: None };
+        let how =
+            How { read_only: false, make_upper: false, quota_bytes: None, io_deadline_s: None };
         ServedDisk::open(&self.state.config, &text, None, how)
     }
 
@@ -463,7 +464,7 @@ fn a_snapshot_that_was_done_stays_done_though_its_config_was_replaced() {
     after.enter(&mut world.state);
     leftovers.remove();
     let text = serde_json::to_vec(&first.config_content).unwrap();
-    let how = How { read_only: false, make_upper: false, quota_bytes: None };
+    let how = How { read_only: false, make_upper: false, quota_bytes: None, io_deadline_s: None };
     let other = ServedDisk::open(&first.config, &text, None, how);
     assert!(other.unwrap_err().to_string().contains("has become a layer"));
     assert!(world.path("layer1").exists());
@@ -523,7 +524,7 @@ fn a_snapshot_that_was_done_stays_done_though_its_config_was_moved() {
     drop(disk);
     // After the power cut the user attaches the new config (which settles nothing) and writes.
     let text = fs::read(world.path("config1.json")).unwrap();
-    let how = How { read_only: false, make_upper: false, quota_bytes: None };
+    let how = How { read_only: false, make_upper: false, quota_bytes: None, io_deadline_s: None };
     let disk = ServedDisk::open(&world.path("config1.json"), &text, None, how).unwrap();
     world.write(&disk, 1500, 40, 0xd3);
     disk.flush().unwrap();
@@ -560,7 +561,7 @@ fn a_copied_folder_leads_nobody_to_the_original() {
         "data": world.path("copy/writable_data"),
         "index": world.path("copy/writable_index"),
     });
-    let how = How { read_only: false, make_upper: false, quota_bytes: None };
+    let how = How { read_only: false, make_upper: false, quota_bytes: None, io_deadline_s: None };
     let len = || fs::metadata(world.path("u0/writable_data")).unwrap().len();
     let before = len();
     let other =
