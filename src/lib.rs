@@ -12,6 +12,8 @@
 //!
 //! A writable image puts [`upper`] between the image and those: the pair of files that is written.
 //!
+//! [`make`] goes the other way: it reads what an image is made of and writes layers.
+//!
 //! Layers that lie elsewhere are fetched by `registry`, a leaf beside these (feature `registry`).
 //!
 //! A read walks down once: the front end asks a [`disk::Disk`]; the image asks the merged
@@ -25,6 +27,7 @@ pub mod error;
 pub mod format;
 pub mod image;
 pub mod limits;
+pub mod make;
 pub mod map;
 pub mod nbd;
 pub mod server;

@@ -484,3 +484,21 @@ pub const MIRROR_REST_MS: u64 = 30_000;
 
 /// How long the addresses of a host are used without asking again.
 pub const ADDRESS_MS_MAX: u64 = 30_000;
+
+/// Bytes of a layer that a thread reads, compresses and writes at a time while layers are made: it
+/// fits the second-level cache with what becomes of it, and is a multiple of every block size. The
+/// bytes of a layer depend on it: a change is a change of `make::CONSISTENCY`.
+pub const MAKE_PIECE_BYTES: usize = 256 * 1024;
+
+/// Threads that make one layer: more than any disk can feed.
+pub const MAKE_THREADS_MAX: usize = 64;
+
+/// Compressed pieces for each thread that may wait for their turn to be written.
+pub const MAKE_WAITING_PER_THREAD: usize = 4;
+
+/// Bytes of a jump table that are held in memory while blocks are written; more goes to a file
+/// without a name.
+pub const MAKE_TABLE_BYTES: usize = 1 << 20;
+
+/// Differing extents that `diff` tells of: what a terminal or a program can still use.
+pub const DIFF_EXTENTS_MAX: usize = 10_000_000;

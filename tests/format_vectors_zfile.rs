@@ -123,6 +123,7 @@ fn a_streamed_zfile_decodes_to_its_fields_and_back() {
     assert_eq!(json!(lengths), fields["lengths"]);
     assert!(whole == vec![0; 262_149], "zeros throughout");
     let options = WriteOptions {
+        level: 0,
         algorithm: Algorithm::Zstd,
         block_bytes: 65536,
         block_crc: true,

@@ -2,9 +2,9 @@
 
 use super::args::DeadlineArgs;
 use super::output::with_progress;
-use super::output_file::OutputFile;
 use crate::error::{Error, Result};
 use crate::image::{Stack, check_output, load_image_config, load_service_config_with};
+use crate::make::OutputFile;
 use clap::Parser;
 use std::path::PathBuf;
 

@@ -11,9 +11,11 @@ mod attach;
 mod bundle;
 #[cfg(feature = "registry")]
 mod cache;
+mod commit;
 mod compact;
 mod create;
 mod detach;
+mod diff;
 mod doctor;
 mod explain;
 mod export;
@@ -23,8 +25,9 @@ mod generate;
 mod host;
 mod inspect;
 mod list;
+mod making;
+mod merge;
 mod output;
-mod output_file;
 mod own;
 #[cfg(feature = "registry")]
 mod prefetch;
@@ -84,6 +87,9 @@ Exit codes:
 enum Command {
     Attach(attach::Args),
     Create(create::Args),
+    Commit(commit::Args),
+    Merge(merge::Args),
+    Diff(diff::Args),
     Compact(compact::Args),
     Resize(resize::Args),
     Detach(detach::Args),
@@ -161,6 +167,9 @@ impl Command {
         match self {
             Self::Attach(args) => attach::run(args, verbosity),
             Self::Create(args) => create::run(args),
+            Self::Commit(args) => commit::run(args),
+            Self::Merge(args) => merge::run(args),
+            Self::Diff(args) => diff::run(args),
             Self::Compact(args) => compact::run(args),
             Self::Resize(args) => resize::run(args),
             Self::Detach(args) => detach::run(args),

@@ -25,6 +25,11 @@ pub(super) fn print(text: &str) -> Result<()> {
     print_with(|out| out.write_all(text.as_bytes()))
 }
 
+/// Prints lines.
+pub(super) fn print_lines(mut lines: impl Iterator<Item = String>) -> Result<()> {
+    print_with(|out| lines.try_for_each(|line| writeln!(out, "{line}")))
+}
+
 /// Prints `text` to somebody who has to have it: a reader that went away is an error.
 pub(super) fn print_or_fail(text: &str) -> Result<()> {
     let told = |error| Error::io("write to stdout", &error);

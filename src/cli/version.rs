@@ -2,6 +2,7 @@
 
 use super::output;
 use crate::error::Result;
+use crate::make::{CODECS, CONSISTENCY};
 use serde_json::{Value, json};
 
 /// Print the version and what this program was built with
@@ -28,12 +29,16 @@ const fn libublk() -> Option<&'static str> {
 }
 
 pub(super) fn facts() -> Value {
+    let codecs: serde_json::Map<String, Value> =
+        CODECS.iter().map(|(codec, library)| ((*codec).to_owned(), json!(library))).collect();
     json!({
         "name": "obd-ublk",
         "version": VERSION,
         "architecture": std::env::consts::ARCH,
         "features": {"ublk": LIBUBLK.is_some()},
         "libublk": LIBUBLK,
+        "consistency": CONSISTENCY,
+        "codecs": codecs,
     })
 }
 

@@ -18,10 +18,15 @@ const BLOCK_BYTES: usize = 512;
 /// headers end at byte 1536; 16 KiB leaves room for the attributes other tools add.
 pub const HEAD_BYTES: usize = 16 * 1024;
 
+const MODE_AT: usize = 100;
+const OWNER_AT: usize = 108;
 const SIZE_AT: usize = 124;
+const TIME_AT: usize = 136;
 const CHECKSUM_AT: usize = 148;
 const TYPE_AT: usize = 156;
 const MAGIC_AT: usize = 257;
+const OWNER_NAME_AT: usize = 265;
+const GROUP_NAME_AT: usize = 297;
 
 /// POSIX ustar: magic and version.
 const MAGIC_USTAR: &[u8; 8] = b"ustar\x0000";
@@ -248,6 +253,64 @@ fn parse_decimal(digits: &[u8]) -> Option<u64> {
         b'0'..=b'9' => value.checked_mul(10)?.checked_add(u64::from(byte - b'0')),
         _ => None,
     })
+}
+
+/// Bytes in front of the payload of a wrapper that we write.
+pub const WRITTEN_HEAD_BYTES: u64 = 1536;
+
+/// The headers in front of a payload of `payload_bytes`, byte for byte those of the reference's
+/// `commit -t`: the size is told by a pax header, as some payloads are too long for the other.
+#[must_use]
+pub fn encode_head(payload_bytes: u64) -> Vec<u8> {
+    let mut record = String::new();
+    // The length counts its own digits.
+    for digits in 1..4 {
+        let body = format!(" size={payload_bytes}\n");
+        let length = body.len() + digits;
+        record = format!("{length}{body}");
+        if record.len() == length {
+            break;
+        }
+    }
+    let mut head = header(b"overlaybd.pax", b'x', None, to_u64(record.len()));
+    head.extend_from_slice(record.as_bytes());
+    head.resize(2 * BLOCK_BYTES, 0);
+    head.extend_from_slice(&header(b"overlaybd.commit", b'0', Some("root"), 0));
+    head
+}
+
+/// What follows a payload of `payload_bytes`: zeros up to a block, and two blocks of them.
+#[must_use]
+pub fn encode_tail(payload_bytes: u64) -> Vec<u8> {
+    let used = to_usize(payload_bytes % to_u64(BLOCK_BYTES)).unwrap_or(0);
+    vec![0; used.next_multiple_of(BLOCK_BYTES) - used + 2 * BLOCK_BYTES]
+}
+
+/// A header as the reference's library fills it in: numbers right-aligned between blanks.
+fn header(name: &[u8], kind: u8, owner: Option<&str>, size: u64) -> Vec<u8> {
+    let mut block = vec![0; BLOCK_BYTES];
+    let mut put = |at: usize, bytes: &[u8]| {
+        if let Some(field) = block.get_mut(at..at + bytes.len()) {
+            field.copy_from_slice(bytes);
+        }
+    };
+    put(0, name);
+    put(SIZE_AT, format!("{size:11o} ").as_bytes());
+    put(TYPE_AT, &[kind]);
+    put(MAGIC_AT, MAGIC_USTAR);
+    if let Some(owner) = owner {
+        put(MODE_AT, b"100644 ");
+        put(OWNER_AT, b"     0 \0     0 ");
+        put(TIME_AT, b"          0 ");
+        put(OWNER_NAME_AT, owner.as_bytes());
+        put(GROUP_NAME_AT, owner.as_bytes());
+    }
+    let sum = block.first_chunk().map_or(0, byte_sum);
+    let sum = format!("{sum:6o} \0");
+    if let Some(field) = block.get_mut(CHECKSUM_AT..TYPE_AT) {
+        field.copy_from_slice(sum.as_bytes());
+    }
+    block
 }
 
 #[cfg(test)]

@@ -130,6 +130,12 @@ impl Image {
         &self.parts.map
     }
 
+    /// The files behind the map, by the numbers of the layers.
+    #[must_use]
+    pub fn payloads(&self) -> &[Payload] {
+        &self.parts.payloads
+    }
+
     /// Size of the virtual disk in bytes.
     #[must_use]
     pub fn virtual_bytes(&self) -> u64 {

@@ -8,9 +8,12 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::config::{ImageConfig, ServiceConfig};
 use crate::format::lsmt::SegmentMapping;
 use crate::limits::{LAYER_COUNT_MAX, MERGE_ENTRIES_MAX};
-use crate::map::{FlatMap, Run, Stroke, Target, paint};
+use crate::map::{FlatMap, Run, Stroke, Target, paint, paint_with_seams};
 use crate::units::SECTOR_SIZE;
 use std::sync::Arc;
+
+/// A way to paint.
+type Paint = fn(Vec<Stroke>) -> Vec<Run>;
 
 /// Open layers, lowest first; an upper is the last.
 #[derive(Debug)]
@@ -85,6 +88,20 @@ impl Stack {
     /// # Errors
     /// `Corrupt` when together they are larger than the map can address.
     pub fn merge(&self) -> Result<FlatMap> {
+        FlatMap::build(&paint(self.strokes(paint)?), self.virtual_bytes() / SECTOR_SIZE)
+    }
+
+    /// What the layers together say, as disjoint runs in order: unlike the map, this tells sectors
+    /// that an entry zeroes from those that no entry covers.
+    ///
+    /// # Errors
+    /// `Unsupported` for more entries than we merge.
+    pub fn runs(&self) -> Result<Vec<Run>> {
+        Ok(paint_with_seams(self.strokes(paint_with_seams)?))
+    }
+
+    /// Everything that is to be painted; the logs of writable layers are, already.
+    fn strokes(&self, paint_log: Paint) -> Result<Vec<Stroke>> {
         let count: usize = self.layers.iter().map(|layer| layer.segments.len()).sum();
         if count > MERGE_ENTRIES_MAX {
             let message =
@@ -99,16 +116,24 @@ impl Stack {
                     strokes.extend(segments.map(|segment| stroke(segment, height)));
                 }
                 LayerKind::WritableAppend => {
-                    strokes.extend(replay(layer, height)?.into_iter().map(|run| Stroke {
-                        start_sector: run.start_sector,
-                        end_sector: run.end_sector,
-                        height: u32::from(height),
-                        target: run.target,
+                    strokes.extend(replay(layer, height, paint_log)?.into_iter().map(|run| {
+                        Stroke {
+                            start_sector: run.start_sector,
+                            end_sector: run.end_sector,
+                            height: u32::from(height),
+                            target: run.target,
+                        }
                     }));
                 }
             }
         }
-        FlatMap::build(&paint(strokes), self.virtual_bytes() / SECTOR_SIZE)
+        Ok(strokes)
+    }
+
+    /// The layers, lowest first, when nothing else of the stack is needed any more.
+    #[must_use]
+    pub fn into_layers(self) -> Vec<Layer> {
+        self.layers
     }
 
     /// Merges, and lets go of the indexes: what serving needs.
@@ -196,7 +221,7 @@ fn stroke(segment: &SegmentMapping, layer: u16) -> Stroke {
 }
 
 /// The log of a writable pair as disjoint runs: later entries win.
-fn replay(layer: &Layer, number: u16) -> Result<Vec<Run>> {
+fn replay(layer: &Layer, number: u16, paint_log: Paint) -> Result<Vec<Run>> {
     let heights = 0_u32..;
     let strokes: Vec<Stroke> = layer
         .segments
@@ -208,5 +233,5 @@ fn replay(layer: &Layer, number: u16) -> Result<Vec<Run>> {
         let message = format!("{} entries in the log of layer {number}", layer.segments.len());
         return Err(Error::new(ErrorKind::Corrupt, message));
     }
-    Ok(paint(strokes))
+    Ok(paint_log(strokes))
 }

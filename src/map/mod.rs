@@ -19,7 +19,7 @@ mod upper_map;
 mod tests;
 
 pub use flat::{Extent, Extents, FlatMap};
-pub use paint::{Run, Stroke, paint};
+pub use paint::{Run, Stroke, paint, paint_with_seams};
 pub use upper_map::{Content, Stretch, UpperMap};
 
 /// Where the bytes of a run come from.

@@ -63,10 +63,30 @@ impl Eq for Open {}
 /// What is seen from above: disjoint runs in order, neighbours that continue each other joined.
 /// Sectors that no stroke covers are in no run. Empty strokes are ignored.
 #[must_use]
-pub fn paint(mut strokes: Vec<Stroke>) -> Vec<Run> {
+pub fn paint(strokes: Vec<Stroke>) -> Vec<Run> {
+    let mut runs = Vec::with_capacity(strokes.len());
+    sweep(strokes, |_, run| append(&mut runs, run));
+    runs
+}
+
+/// As [`paint`], but what is seen of different strokes stays different runs: where a writer's
+/// entries ended is part of the bytes of the layer that is made of them.
+#[must_use]
+pub fn paint_with_seams(strokes: Vec<Stroke>) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::with_capacity(strokes.len());
+    let mut of_last = None;
+    sweep(strokes, |stroke, run| {
+        let is_seam = of_last != Some(stroke);
+        of_last = Some(stroke);
+        if is_seam { runs.push(run) } else { append(&mut runs, run) }
+    });
+    runs
+}
+
+/// Hands over what is seen from above, in order, with the number of the stroke that it is of.
+fn sweep(mut strokes: Vec<Stroke>, mut see: impl FnMut(usize, Run)) {
     strokes.retain(|stroke| stroke.start_sector < stroke.end_sector);
     strokes.sort_by_key(|stroke| stroke.start_sector);
-    let mut runs: Vec<Run> = Vec::with_capacity(strokes.len());
     let mut open: BinaryHeap<Open> = BinaryHeap::new();
     let mut arriving = strokes.iter().enumerate().peekable();
     let mut here = 0;
@@ -77,9 +97,8 @@ pub fn paint(mut strokes: Vec<Stroke>) -> Vec<Run> {
             here = here.max(stroke.start_sector);
             open.push(Open { height: stroke.height, position });
         }
-        let Some(seen) = open.peek().and_then(|top| strokes.get(top.position)) else {
-            break;
-        };
+        let Some(position) = open.peek().map(|top| top.position) else { return };
+        let Some(seen) = strokes.get(position) else { return };
         if seen.end_sector <= here {
             open.pop();
             continue;
@@ -89,10 +108,9 @@ pub fn paint(mut strokes: Vec<Stroke>) -> Vec<Run> {
             None => seen.end_sector,
         };
         let target = seen.target.advanced(here - seen.start_sector);
-        append(&mut runs, Run { start_sector: here, end_sector: until, target });
+        see(position, Run { start_sector: here, end_sector: until, target });
         here = until;
     }
-    runs
 }
 
 /// Appends `run`, joined to the last run where that one continues into it.

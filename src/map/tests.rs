@@ -49,6 +49,27 @@ fn neighbours_that_continue_each_other_become_one_run() {
 }
 
 #[test]
+fn with_seams_only_what_is_of_one_stroke_is_one_run() {
+    let strokes = vec![
+        stroke(0, 8, 0, data(0, 8)),
+        stroke(8, 8, 0, data(0, 16)),
+        stroke(16, 8, 0, Target::Zero),
+        stroke(24, 8, 3, Target::Zero),
+        // Below another, which does not cut it in two.
+        stroke(26, 2, 0, data(0, 50)),
+    ];
+    assert_eq!(
+        paint_with_seams(strokes),
+        [
+            run(0, 8, data(0, 8)),
+            run(8, 16, data(0, 16)),
+            run(16, 24, Target::Zero),
+            run(24, 32, Target::Zero),
+        ]
+    );
+}
+
+#[test]
 fn a_disk_without_runs_is_one_extent_of_zeros() {
     let map = FlatMap::build(&[], 1000).unwrap();
     let all: Vec<_> = map.extents(0, 5000).collect();

@@ -66,6 +66,7 @@ pub fn new_uuid() -> Result<UuidText> {
 /// `InvalidConfig` for an impossible size, `Busy` while somebody else makes it, `Io`. What was made
 /// is removed then.
 pub fn create(paths: &PairPaths, new: &NewPair) -> Result<()> {
+    check_not_empty(new.virtual_bytes)?;
     create_as(paths, new, Form::Append)
 }
 
@@ -74,8 +75,17 @@ pub fn create(paths: &PairPaths, new: &NewPair) -> Result<()> {
 /// # Errors
 /// As [`create`]; `Unsupported` where the file system is not fit for the sparse form.
 pub fn create_fresh(paths: &PairPaths, virtual_bytes: u64, form: Form) -> Result<()> {
+    check_not_empty(virtual_bytes)?;
     let (uuid, parent_uuid) = (new_uuid()?, UuidText::NIL);
     create_as(paths, &NewPair { virtual_bytes, uuid, parent_uuid }, form)
+}
+
+fn check_not_empty(virtual_bytes: u64) -> Result<()> {
+    if virtual_bytes > 0 {
+        return Ok(());
+    }
+    let message = "a disk of 0 bytes: expected whole sectors";
+    Err(Error::new(ErrorKind::InvalidConfig, message))
 }
 
 /// Whether a pair can be made there: neither file is, but perhaps what a cut attempt left.
@@ -132,9 +142,14 @@ fn is_blank_data(data: &File) -> bool {
     extents.is_ok_and(|extents| extents.is_empty())
 }
 
-fn create_as(paths: &PairPaths, new: &NewPair, form: Form) -> Result<()> {
+/// As [`create`], in either form. A size of 0 is that of the layer below, for whoever makes the
+/// layers of an image one by one.
+///
+/// # Errors
+/// As [`create_fresh`].
+pub fn create_as(paths: &PairPaths, new: &NewPair, form: Form) -> Result<()> {
     let sectors = bytes_to_sectors(new.virtual_bytes);
-    if sectors.is_none_or(|sectors| sectors == 0 || sectors > VIRTUAL_SECTORS_MAX) {
+    if sectors.is_none_or(|sectors| sectors > VIRTUAL_SECTORS_MAX) {
         let message = format!("a disk of {} bytes: expected whole sectors", new.virtual_bytes);
         return Err(Error::new(ErrorKind::InvalidConfig, message));
     }

@@ -36,7 +36,7 @@ mod worker;
 
 pub use compact::compact;
 pub use create::{
-    Form, NewPair, create, create_fresh, is_of_pair, is_vacant, new_uuid, remove_unused,
+    Form, NewPair, create, create_as, create_fresh, is_of_pair, is_vacant, new_uuid, remove_unused,
 };
 pub use journal::{Journal, JournalKey, boot_id};
 pub use open::{

@@ -107,6 +107,15 @@ const TABLE: &[Row] = &[
         outside: &["libc", "nix", "serde_json", "sha2", "tracing"],
         pure: false,
     },
+    // New layers out of open ones. Below the commands and the server, which both make layers; it
+    // reads what `image` opened and knows no device. tempfile for outputs that get their name when
+    // they are whole; nix for the same without a name, and for the locks of pairs.
+    Row {
+        module: "make",
+        inside: &["units", "limits", "error", "disk", "format", "map", "source", "image", "upper"],
+        outside: &["libc", "nix", "tempfile"],
+        pure: false,
+    },
     // The kernel front end serves any disk and knows no image; libublk stays in this room.
     Row {
         module: "ublk",
@@ -134,6 +143,8 @@ const TABLE: &[Row] = &[
             "image",
             "source",
             "upper",
+            // A snapshot compresses what it sealed.
+            "make",
             "ublk",
             "nbd",
             "telemetry",

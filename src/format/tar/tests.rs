@@ -228,3 +228,27 @@ proptest! {
         prop_assert_eq!(parse_wrapper(&head, u64::MAX).unwrap(), found(1536, bytes));
     }
 }
+
+#[test]
+fn what_is_written_is_what_the_reference_writes_and_parses_to_the_payload() {
+    for (case, payload_bytes) in [
+        ("zfile-lz4-8k-tar-text/overlaybd.commit", 326_009),
+        ("zf-odd-zstd-32k-tar/z.zfile", 80_275),
+    ] {
+        let path = format!("{}/tests/fixtures/golden/{case}", env!("CARGO_MANIFEST_DIR"));
+        let file = std::fs::read(path).unwrap();
+        let head = encode_head(payload_bytes);
+        assert_eq!(to_u64(head.len()), WRITTEN_HEAD_BYTES);
+        assert!(file.starts_with(&head), "{case}");
+        let tail = encode_tail(payload_bytes);
+        assert!(file.ends_with(&tail), "{case}");
+        assert_eq!(to_u64(head.len() + tail.len()) + payload_bytes, to_u64(file.len()));
+    }
+    for payload_bytes in [1, 7, 99, 10_000_000, 999_999_999, u64::MAX / 2] {
+        let found = parse_wrapper(&encode_head(payload_bytes), u64::MAX).unwrap().unwrap();
+        assert_eq!(found, Wrapper { payload_offset_bytes: 1536, payload_bytes });
+    }
+    for payload_bytes in [0, 1, 511, 512, 513] {
+        assert_eq!((encode_tail(payload_bytes).len() as u64 + payload_bytes) % 512, 0);
+    }
+}

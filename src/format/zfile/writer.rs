@@ -1,19 +1,19 @@
-//! A zfile from bytes in memory: for tests, benchmarks and fixtures. Pure, single-threaded.
+//! Writing zfiles: the two records around the blocks, and a whole zfile from bytes in memory (for
+//! tests, benchmarks and fixtures). Pure, single-threaded.
 
-use super::crc::{BLOCK_SEED, STRUCTURE_SEED, crc32c_raw};
-use super::frame::compressed_bytes_bound;
+use super::crc::{STRUCTURE_SEED, crc32c_raw};
+use super::encoder::Encoder;
 use super::header::{Algorithm, Flags, HEADER_BYTES, Header};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::units::{to_u64, to_usize};
-
-/// The reference compresses zstd blocks at this level whatever its options say.
-const ZSTD_LEVEL: i32 = 3;
 
 /// How to write a zfile. The default is what the reference's `commit -z` does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WriteOptions {
     /// How to compress.
     pub algorithm: Algorithm,
+    /// How hard to try: see [`Encoder::new`]. 0 is the reference's, whatever its options say.
+    pub level: u8,
     /// Bytes of a block before compression.
     pub block_bytes: u32,
     /// Whether each block gets a checksum.
@@ -27,11 +27,50 @@ impl Default for WriteOptions {
     fn default() -> Self {
         Self {
             algorithm: Algorithm::Lz4,
+            level: 0,
             block_bytes: 4096,
             block_crc: true,
             overwrite_header: true,
         }
     }
+}
+
+/// What is known of a zfile when its last block is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Totals {
+    /// Where the jump table begins: the header and all records lie in front of it.
+    pub index_offset_bytes: u64,
+    /// Blocks, and entries of the jump table.
+    pub block_count: u64,
+    /// Bytes before compression.
+    pub original_bytes: u64,
+    /// The raw CRC-32C of the jump table.
+    pub index_crc: u32,
+}
+
+/// The header and the trailer of a finished zfile.
+#[must_use]
+pub fn finished_records(options: &WriteOptions, totals: &Totals) -> [[u8; 512]; 2] {
+    let trailer = Header {
+        flags: Flags::DATA.with(Flags::SEALED).with(Flags::DIGEST),
+        index_offset_bytes: totals.index_offset_bytes,
+        block_count: totals.block_count,
+        original_bytes: totals.original_bytes,
+        index_crc: totals.index_crc,
+        block_bytes: options.block_bytes,
+        algorithm: options.algorithm,
+        level: options.level,
+        dict_bytes: 0,
+        has_block_crc: options.block_crc,
+    };
+    let flags = Flags::HEADER.with(Flags::DATA).with(Flags::DIGEST);
+    let header = if options.overwrite_header {
+        Header { flags: flags.with(Flags::HEADER_OVERWRITTEN), ..trailer.clone() }
+    } else {
+        let unknown = Header { flags, ..trailer.clone() };
+        Header { index_offset_bytes: 0, block_count: 0, original_bytes: 0, index_crc: 0, ..unknown }
+    };
+    [header.encode(), trailer.encode()]
 }
 
 /// `content` as a zfile.
@@ -41,53 +80,27 @@ impl Default for WriteOptions {
 pub fn write(content: &[u8], options: &WriteOptions) -> Result<Vec<u8>> {
     let mut file = vec![0; to_usize(HEADER_BYTES).unwrap_or(0)];
     let mut table: Vec<u8> = Vec::new();
-    let bound = to_usize(compressed_bytes_bound(options.algorithm, options.block_bytes));
-    let mut body = vec![0; bound.unwrap_or(0)];
-    let failed = |error: &dyn std::fmt::Display| {
-        Error::new(ErrorKind::Io, format!("compress a block: {error}"))
-    };
-    let mut zstd = zstd::bulk::Compressor::new(ZSTD_LEVEL).map_err(|error| failed(&error))?;
+    let mut encoder = Encoder::new(options)?;
+    let mut record = vec![0; encoder.record_bytes_max()];
     let block_bytes = to_usize(u64::from(options.block_bytes)).unwrap_or(1).max(1);
     for block in content.chunks(block_bytes) {
-        let len = match options.algorithm {
-            Algorithm::Lz4 => lzzzz::lz4::compress(block, &mut body, lzzzz::lz4::ACC_LEVEL_DEFAULT)
-                .map_err(|error| failed(&error))?,
-            Algorithm::Zstd => {
-                zstd.compress_to_buffer(block, &mut body[..]).map_err(|error| failed(&error))?
-            }
-        };
-        let start = file.len();
-        file.extend_from_slice(&body[..len]);
-        if options.block_crc {
-            file.extend_from_slice(&crc32c_raw(BLOCK_SEED, &body[..len]).to_le_bytes());
-        }
-        let stored = u32::try_from(file.len() - start).map_err(|error| failed(&error))?;
-        table.extend_from_slice(&stored.to_le_bytes());
+        let len = encoder.encode(block, &mut record)?;
+        file.extend_from_slice(record.get(..len).unwrap_or_default());
+        // Bounded by that of a block of 64 KiB.
+        table.extend_from_slice(&u32::try_from(len).unwrap_or(0).to_le_bytes());
     }
-    let finished = Header {
-        flags: Flags::DATA.with(Flags::SEALED).with(Flags::DIGEST),
+    let totals = Totals {
         index_offset_bytes: to_u64(file.len()),
         block_count: to_u64(table.len() / 4),
         original_bytes: to_u64(content.len()),
         index_crc: crc32c_raw(STRUCTURE_SEED, &table),
-        block_bytes: options.block_bytes,
-        algorithm: options.algorithm,
-        level: 0,
-        dict_bytes: 0,
-        has_block_crc: options.block_crc,
     };
-    let first = if options.overwrite_header {
-        let flags = Flags::from_bits(0b1_1011);
-        Header { flags, ..finished.clone() }
-    } else {
-        let flags = Flags::from_bits(0b1_0011);
-        let unknown = Header { flags, ..finished.clone() };
-        Header { index_offset_bytes: 0, block_count: 0, original_bytes: 0, index_crc: 0, ..unknown }
-    };
-    let head = first.encode();
-    file[..head.len()].copy_from_slice(&head);
+    let [header, trailer] = finished_records(options, &totals);
+    if let Some(front) = file.first_chunk_mut() {
+        *front = header;
+    }
     file.extend_from_slice(&table);
-    file.extend_from_slice(&finished.encode());
+    file.extend_from_slice(&trailer);
     Ok(file)
 }
 
@@ -95,6 +108,7 @@ pub fn write(content: &[u8], options: &WriteOptions) -> Result<Vec<u8>> {
 mod tests {
     use super::super::{Decoder, JumpTable, layout, needs_trailer};
     use super::*;
+    use crate::error::ErrorKind;
     use proptest::prelude::*;
 
     /// Reads a whole zfile back through the format's own parts.
@@ -129,6 +143,7 @@ mod tests {
     fn options() -> impl Strategy<Value = WriteOptions> {
         (any::<bool>(), 0_u32..5, any::<bool>(), any::<bool>()).prop_map(
             |(lz4, shift, block_crc, overwrite_header)| WriteOptions {
+                level: 0,
                 algorithm: if lz4 { Algorithm::Lz4 } else { Algorithm::Zstd },
                 block_bytes: 4096 << shift,
                 block_crc,

@@ -1,4 +1,5 @@
-//! Files that commands write: they appear under their name only when they are whole.
+//! Files that are written as a whole: they appear under their name only when they are complete and
+//! synced.
 
 use crate::error::{Error, Result};
 use nix::errno::Errno;
@@ -20,11 +21,13 @@ const NAME_TRIES_MAX: u32 = 100;
 /// [`OutputFile::commit`]. Until then it has no name at all where the file system can do that:
 /// whatever ends the process, SIGKILL included, nothing is left. Elsewhere (NFS, FAT) it is a
 /// hidden neighbour that goes when it is dropped, but stays when the process is killed.
-pub(super) struct OutputFile {
+#[derive(Debug)]
+pub struct OutputFile {
     target: PathBuf,
     kind: Kind,
 }
 
+#[derive(Debug)]
 enum Kind {
     Unnamed(Unnamed),
     Hidden(tempfile::NamedTempFile),
@@ -37,7 +40,7 @@ impl OutputFile {
     ///
     /// # Errors
     /// What the operating system says; a folder is refused before anything is written.
-    pub(super) fn create(target: &Path) -> Result<Self> {
+    pub fn create(target: &Path) -> Result<Self> {
         Self::create_as(target, Unnamed::create)
     }
 
@@ -58,10 +61,7 @@ impl OutputFile {
             let file = File::options().write(true).open(target).map_err(|error| failed(&error))?;
             return Ok(Self { target: target.to_owned(), kind: Kind::InPlace(file) });
         }
-        let folder = match target.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
+        let folder = folder_of(target);
         let name = target.file_name().ok_or_else(|| failed(&Errno::EISDIR.into()))?;
         if let Some(file) = unnamed(folder, name) {
             return Ok(Self { target: target.to_owned(), kind: Kind::Unnamed(file) });
@@ -77,7 +77,8 @@ impl OutputFile {
     }
 
     /// The open file.
-    pub(super) fn file(&self) -> &File {
+    #[must_use]
+    pub fn file(&self) -> &File {
         match &self.kind {
             Kind::Unnamed(unnamed) => &unnamed.file,
             Kind::Hidden(hidden) => hidden.as_file(),
@@ -86,12 +87,14 @@ impl OutputFile {
     }
 
     /// Whether it can only be written from front to back.
-    pub(super) fn is_stream(&self) -> bool {
+    #[must_use]
+    pub fn is_stream(&self) -> bool {
         (&mut self.file()).stream_position().is_err()
     }
 
     /// Whether the file is new and can have holes.
-    pub(super) fn is_new(&self) -> bool {
+    #[must_use]
+    pub fn is_new(&self) -> bool {
         !matches!(self.kind, Kind::InPlace(_))
     }
 
@@ -99,7 +102,7 @@ impl OutputFile {
     ///
     /// # Errors
     /// What the operating system says; what was under the name is still there then.
-    pub(super) fn commit(self) -> Result<()> {
+    pub fn commit(self) -> Result<()> {
         let target = self.target.display().to_string();
         let failed = |error: &IoError| Error::io(format!("write {target}"), error);
         match self.kind {
@@ -107,7 +110,7 @@ impl OutputFile {
             Kind::Hidden(hidden) => {
                 hidden.as_file().sync_all().map_err(|error| failed(&error))?;
                 hidden.persist(&self.target).map_err(|error| failed(&error.error))?;
-                Ok(())
+                sync_folder(folder_of(&self.target)).map_err(|error| failed(&error))
             }
             // A pipe cannot be synced; a device should be.
             Kind::InPlace(file) => match file.sync_all() {
@@ -118,8 +121,25 @@ impl OutputFile {
     }
 }
 
+pub(super) fn folder_of(target: &Path) -> &Path {
+    match target.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// Makes a new name durable. A folder that may be written but not read cannot be synced; the name
+/// is there all the same.
+fn sync_folder(folder: &Path) -> Result<(), IoError> {
+    match File::open(folder) {
+        Ok(folder) => folder.sync_all(),
+        Err(_) => Ok(()),
+    }
+}
+
 /// A file without a name, and where it is to get one. The folder is held open: it may be renamed or
 /// mounted over meanwhile.
+#[derive(Debug)]
 struct Unnamed {
     file: File,
     folder: OwnedFd,
@@ -145,9 +165,10 @@ impl Unnamed {
     fn commit(self) -> Result<(), IoError> {
         self.file.sync_all()?;
         match self.link(&self.name) {
-            Err(Errno::EEXIST) => Ok(self.replace()?),
-            other => Ok(other?),
+            Err(Errno::EEXIST) => self.replace()?,
+            other => other?,
         }
+        sync_folder(Path::new(&format!("/proc/self/fd/{}", self.folder.as_raw_fd())))
     }
 
     fn link(&self, name: &OsStr) -> nix::Result<()> {

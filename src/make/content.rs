@@ -1,0 +1,325 @@
+//! What a layer is made of, cut into pieces of work.
+
+use super::zeros::{self, Stretch};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::format::lsmt::{SegmentMapping, USER_TAG_BYTES, UuidText};
+use crate::image::{Layer, Payload, Scratch, Stack};
+use crate::limits::MAKE_PIECE_BYTES;
+use crate::map::{Run, Target};
+use crate::source::{Source, open_regular};
+use crate::units::{SECTOR_SIZE, to_u64, to_usize, whole_sectors};
+use crate::upper::PairPaths;
+use std::fs::{File, TryLockError};
+use std::ops::Range;
+use std::path::Path;
+
+/// Parts of the disk in one piece at most: runs of zeros take no room in it.
+const PIECE_PARTS_MAX: usize = 4096;
+
+/// Data is copied in units of so many sectors from the start of its run, as the reference does:
+/// where its index entries end when a run is longer than one may be follows from it.
+pub(super) const UNIT_SECTORS: u64 = 64;
+
+/// A run longer than this may take another entry: the longest, less what a unit may lack.
+const ENTRY_SECTORS_SURE: u64 = SegmentMapping::SECTORS_MAX - 2 * UNIT_SECTORS;
+
+/// What the header and the trailer of a layer say beside where things are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// Size of the virtual disk; 0 for "ask the layer below".
+    pub virtual_bytes: u64,
+    /// Its UUID.
+    pub uuid: UuidText,
+    /// That of the layer below.
+    pub parent_uuid: UuidText,
+    /// Free text.
+    pub user_tag: [u8; USER_TAG_BYTES],
+}
+
+impl Identity {
+    /// The same with another user tag.
+    ///
+    /// # Errors
+    /// `Usage` for one that is longer than the field.
+    pub fn with_user_tag(mut self, text: &str) -> Result<Self> {
+        self.user_tag = [0; USER_TAG_BYTES];
+        let Some(field) = self.user_tag.get_mut(..text.len()) else {
+            let message = format!("a tag of {} bytes: at most {USER_TAG_BYTES}", text.len());
+            return Err(Error::new(ErrorKind::Usage, message));
+        };
+        field.copy_from_slice(text.as_bytes());
+        Ok(self)
+    }
+}
+
+/// What a layer is made of: open layers, and which sector of which of them is seen where.
+#[derive(Debug)]
+pub struct Content {
+    payloads: Vec<Payload>,
+    runs: Vec<Run>,
+    identity: Identity,
+    /// Keeps whoever writes the pair away, as long as it is read.
+    _still: Option<File>,
+}
+
+impl Content {
+    /// What was written to a pair, of either form. Nobody can open it for writing until this is
+    /// gone.
+    ///
+    /// # Errors
+    /// `Busy` while somebody writes it; as [`Layer::open_writable`].
+    pub fn of_pair(paths: &PairPaths) -> Result<Self> {
+        let file = open_regular(&paths.data)?;
+        let name = paths.data.display();
+        match file.try_lock_shared() {
+            Ok(()) => {}
+            Err(TryLockError::Error(error)) => {
+                return Err(Error::io(format!("lock {name}"), &error));
+            }
+            Err(TryLockError::WouldBlock) => {
+                let message = format!("{name} is being written by another process");
+                return Err(Error::new(ErrorKind::Busy, message));
+            }
+        }
+        let layer = Layer::open_writable(&paths.data, &paths.index)
+            .context(|| format!("open the pair of {name}"))?;
+        Ok(Self { _still: Some(file), ..Self::of_layer(layer)? })
+    }
+
+    /// One layer, without what is below it.
+    ///
+    /// # Errors
+    /// As [`Stack::runs`].
+    pub fn of_layer(layer: Layer) -> Result<Self> {
+        Self::of_stack(Stack::from_layers(vec![layer])?)
+    }
+
+    /// All layers of a stack as one. It has the UUID of the topmost and nothing below.
+    ///
+    /// # Errors
+    /// As [`Stack::runs`].
+    pub fn of_stack(stack: Stack) -> Result<Self> {
+        let runs = stack.runs()?;
+        let virtual_bytes = stack.virtual_bytes();
+        let layers = stack.into_layers();
+        let single = layers.len() == 1;
+        let top = layers.last().map(|layer| layer.header.clone());
+        let identity = Identity {
+            virtual_bytes,
+            uuid: top.as_ref().map_or(UuidText::NIL, |top| top.uuid),
+            parent_uuid: top
+                .as_ref()
+                .filter(|_| single)
+                .map_or(UuidText::NIL, |top| top.parent_uuid),
+            user_tag: top
+                .as_ref()
+                .filter(|_| single)
+                .map_or([0; USER_TAG_BYTES], |top| top.user_tag),
+        };
+        let payloads = layers.into_iter().map(|layer| layer.payload).collect();
+        Ok(Self { payloads, runs, identity, _still: None })
+    }
+
+    /// What the new layer says of itself unless told otherwise.
+    #[must_use]
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// Bytes of data that will be read.
+    #[must_use]
+    pub fn data_bytes(&self) -> u64 {
+        let is_data = |run: &&Run| run.target != Target::Zero;
+        let sectors: u64 =
+            self.runs.iter().filter(is_data).map(|run| run.end_sector - run.start_sector).sum();
+        sectors.saturating_mul(SECTOR_SIZE)
+    }
+
+    /// Refuses an output that is one of the files read.
+    ///
+    /// # Errors
+    /// `InvalidConfig`.
+    pub fn check_output(&self, output: &Path) -> Result<()> {
+        for payload in &self.payloads {
+            if let Source::Mapped(mapped) = payload.source() {
+                super::refuse_same(mapped.path(), output)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Consecutive sectors of the disk with one source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Part {
+    pub(super) start_sector: u64,
+    pub(super) sectors: u64,
+    pub(super) target: Target,
+}
+
+/// One piece of work, and what becomes of it on the way. Each thread has one and uses it again.
+#[derive(Debug, Default)]
+pub(super) struct Piece {
+    pub(super) parts: Vec<Part>,
+    /// Entries that what follows this piece needs at most.
+    pub(super) entries_left: u64,
+    /// What was read: the first `len` bytes.
+    pub(super) data: Vec<u8>,
+    pub(super) len: usize,
+    pub(super) stretches: Vec<Stretch>,
+    /// The block that began in an earlier piece, and whole blocks behind it in `data`.
+    pub(super) head: Vec<u8>,
+    pub(super) body: Range<usize>,
+    /// Where `head` lies in what is compressed.
+    pub(super) at_byte: u64,
+}
+
+/// What is read: the parts of a layer, or a file as it is.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Feed<'a> {
+    Layer(&'a Content),
+    File(&'a Payload),
+}
+
+impl<'a> Feed<'a> {
+    pub(super) fn scratch(&self) -> Result<Scratch> {
+        match self {
+            Self::Layer(content) => Scratch::new(content.payloads.iter()),
+            Self::File(payload) => Scratch::new(std::iter::once(*payload)),
+        }
+    }
+
+    pub(super) fn cursor(&self) -> Cursor<'a> {
+        let entries_left = match self {
+            Self::Layer(content) => groups(&content.runs).map(|(_, entries)| entries).sum(),
+            Self::File(_) => 0,
+        };
+        let (feed, run, done) = (*self, 0, 0);
+        let mut cursor = Cursor { feed, run, done, entries_left, group_end: 0, group_entries: 0 };
+        if let Self::Layer(content) = self {
+            cursor.enter_group(&content.runs);
+        }
+        cursor
+    }
+
+    /// Reads the data of a piece, and looks for zeros in it.
+    pub(super) fn read(
+        &self,
+        scratch: &mut Scratch,
+        piece: &mut Piece,
+        granule_sectors: Option<u64>,
+    ) -> Result<()> {
+        piece.stretches.clear();
+        let Piece { parts, data, stretches, .. } = piece;
+        data.resize(MAKE_PIECE_BYTES.max(data.len()), 0);
+        let mut at: usize = 0;
+        for part in parts.iter() {
+            let Target::Data { layer, sector } = part.target else { continue };
+            let len = to_usize(part.sectors.saturating_mul(SECTOR_SIZE)).unwrap_or(usize::MAX);
+            let Some(room) = data.get_mut(at..at.saturating_add(len)) else {
+                return Err(Error::new(ErrorKind::OutOfRange, "a piece larger than its room"));
+            };
+            let Self::Layer(content) = self else { continue };
+            let payload = content.payloads.get(usize::from(layer)).ok_or_else(|| {
+                Error::new(ErrorKind::Corrupt, format!("no layer {layer} in the stack"))
+            })?;
+            scratch
+                .read(payload, layer, sector.saturating_mul(SECTOR_SIZE), room)
+                .context(|| format!("read layer {layer} ({:?})", payload.source()))?;
+            zeros::find(room, part.start_sector, granule_sectors, stretches);
+            at += len;
+        }
+        if let Self::File(payload) = self {
+            at = piece.len;
+            let room = data.get_mut(..at).unwrap_or_default();
+            let from = piece.at_byte;
+            scratch.read(payload, 0, from, room).context(|| format!("read {payload:?}"))?;
+        }
+        piece.len = at;
+        Ok(())
+    }
+}
+
+/// Runs that make one entry after the other, and how many at most.
+fn groups(runs: &[Run]) -> impl Iterator<Item = (usize, u64)> {
+    let joined = |one: &Run, next: &Run| {
+        let is_zero = |run: &Run| run.target == Target::Zero;
+        one.end_sector == next.start_sector && is_zero(one) == is_zero(next)
+    };
+    runs.chunk_by(joined).map(|group| {
+        let sectors: u64 = group.iter().map(|run| run.end_sector - run.start_sector).sum();
+        (group.len(), sectors.div_ceil(ENTRY_SECTORS_SURE))
+    })
+}
+
+/// Where in the input the next piece begins.
+#[derive(Debug)]
+pub(super) struct Cursor<'a> {
+    feed: Feed<'a>,
+    /// The run, and the sectors of it that are taken; or, of a file, the bytes.
+    run: usize,
+    done: u64,
+    /// Entries that the rest takes at most, the group of runs at the cursor included.
+    pub(super) entries_left: u64,
+    /// Where that group ends, and its part of them.
+    group_end: usize,
+    group_entries: u64,
+}
+
+impl Cursor<'_> {
+    /// Fills in what the next piece is of. False when there is none.
+    pub(super) fn next(&mut self, piece: &mut Piece) -> bool {
+        piece.parts.clear();
+        match self.feed {
+            Feed::File(payload) => {
+                let rest = payload.bytes().saturating_sub(self.done);
+                piece.at_byte = self.done;
+                piece.len = to_usize(rest.min(to_u64(MAKE_PIECE_BYTES))).unwrap_or(0);
+                self.done += to_u64(piece.len);
+                piece.len > 0
+            }
+            Feed::Layer(content) => {
+                self.take_runs(&content.runs, &mut piece.parts);
+                piece.entries_left = self.entries_left;
+                !piece.parts.is_empty()
+            }
+        }
+    }
+
+    fn take_runs(&mut self, runs: &[Run], parts: &mut Vec<Part>) {
+        let mut room = whole_sectors(to_u64(MAKE_PIECE_BYTES));
+        while let Some(run) = runs.get(self.run)
+            && room >= UNIT_SECTORS
+            && parts.len() < PIECE_PARTS_MAX
+        {
+            let rest = run.end_sector - run.start_sector - self.done;
+            let is_zero = run.target == Target::Zero;
+            // Whole units, so that the rest of the run begins with one.
+            let most = if is_zero { rest } else { room - room % UNIT_SECTORS };
+            let sectors = rest.min(most);
+            parts.push(Part {
+                start_sector: run.start_sector + self.done,
+                sectors,
+                target: run.target.advanced(self.done),
+            });
+            self.done += sectors;
+            if !is_zero {
+                room -= sectors;
+            }
+            if sectors == rest {
+                (self.run, self.done) = (self.run + 1, 0);
+                if self.run >= self.group_end {
+                    self.entries_left = self.entries_left.saturating_sub(self.group_entries);
+                    self.enter_group(runs);
+                }
+            }
+        }
+    }
+
+    /// Looks at the group that begins at the cursor.
+    fn enter_group(&mut self, runs: &[Run]) {
+        let rest = runs.get(self.run..).unwrap_or_default();
+        let (count, entries) = groups(rest).next().unwrap_or((0, 0));
+        (self.group_end, self.group_entries) = (self.run + count, entries);
+    }
+}

@@ -1,0 +1,41 @@
+//! The bytes of our own layers, pinned.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use crate::content::{content, random_disk};
+use crate::random::Random;
+use crate::{all_options, make, sha256};
+use obd_ublk::format::zfile::Algorithm;
+use obd_ublk::make::{CONSISTENCY, MakeOptions};
+use serde_json::{Map, Value, json};
+
+fn name(options: &MakeOptions) -> String {
+    let codec = options.zfile.as_ref().map_or("raw".to_owned(), |zfile| {
+        let algorithm = if zfile.algorithm == Algorithm::Lz4 { "lz4" } else { "zstd" };
+        let crc = if zfile.block_crc { "crc" } else { "plain" };
+        format!("{algorithm}-{}-{}k-{crc}", zfile.level, zfile.block_bytes / 1024)
+    });
+    let tar = if options.tar { "tar-" } else { "" };
+    format!("{tar}{codec}-{:?}", options.zeros).to_lowercase()
+}
+
+/// When this fails, layers made before and after are no longer the same bytes, so that registries
+/// and caches keep both: change `make::CONSISTENCY`, and the table with what is printed.
+#[test]
+fn the_bytes_of_our_layers_change_only_with_the_consistency_version() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/make_digests.json");
+    let known: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let disk = random_disk(6000, &mut Random(77));
+    let content = content(&disk, true);
+    let digests: Map<String, Value> = all_options()
+        .iter()
+        .map(|options| (name(options), json!(sha256(&make(&content, options).0))))
+        .collect();
+    let found = json!({ "consistency": CONSISTENCY, "digests": digests });
+    if found == known {
+        return;
+    }
+    println!("{found:#}");
+    assert_ne!(known["consistency"], found["consistency"], "bytes changed: bump make::CONSISTENCY");
+    panic!("the table is that of {}: put the one printed above in its place", known["consistency"]);
+}
