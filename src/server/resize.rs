@@ -91,7 +91,8 @@ mod tests {
         let config = serde_json::json!({
             "lowers": [], "upper": {"data": upper.data, "index": upper.index},
         });
-        let how = How { read_only: false, make_upper: false, quota_bytes: None };
+        let how =
+            How { read_only: false, make_upper: false, quota_bytes: None, io_deadline_s: None };
         let text = serde_json::to_vec(&config).unwrap();
         ServedDisk::open(&folder.join("config.json"), &text, None, how).unwrap()
     }
