@@ -64,14 +64,25 @@ pub(crate) fn layer_of(data: &[u8]) -> Vec<u8> {
 
 /// Runs `a` and `b` in turn and returns the medians of their times.
 pub(crate) fn alternate(rounds: usize, mut a: impl FnMut(), mut b: impl FnMut()) -> Outcome {
-    let time = |work: &mut dyn FnMut()| {
-        let start = Instant::now();
-        work();
-        start.elapsed()
-    };
+    alternate_timed(rounds, || timed(&mut a), || timed(&mut b))
+}
+
+/// How long `work` takes.
+pub(crate) fn timed(work: impl FnOnce()) -> Duration {
+    let start = Instant::now();
+    work();
+    start.elapsed()
+}
+
+/// As [`alternate`] for work that says itself how long the part took that counts.
+pub(crate) fn alternate_timed(
+    rounds: usize,
+    mut a: impl FnMut() -> Duration,
+    mut b: impl FnMut() -> Duration,
+) -> Outcome {
     // Once for the caches.
-    let _ = (time(&mut a), time(&mut b));
-    let pairs: Vec<_> = (0..rounds).map(|_| (time(&mut a), time(&mut b))).collect();
+    let _ = (a(), b());
+    let pairs: Vec<_> = (0..rounds).map(|_| (a(), b())).collect();
     let mut ratios: Vec<f64> =
         pairs.iter().map(|(a, b)| a.as_secs_f64() / b.as_secs_f64()).collect();
     ratios.sort_by(f64::total_cmp);

@@ -57,6 +57,18 @@ impl ZfileArgs {
         self.algorithm.is_none() && self.level.is_none() && self.block_kib.is_none() && !self.no_crc
     }
 
+    /// The words of a command line that say the same.
+    pub(crate) fn arguments(&self) -> Vec<String> {
+        let mut words = Vec::new();
+        if let Some(algorithm) = self.algorithm.and_then(|it| it.to_possible_value()) {
+            words.push(format!("--algorithm={}", algorithm.get_name()));
+        }
+        words.extend(self.level.map(|level| format!("--level={level}")));
+        words.extend(self.block_kib.map(|kib| format!("--bs={kib}")));
+        words.extend(self.no_crc.then(|| "--no-crc".to_owned()));
+        words
+    }
+
     /// # Errors
     /// `Usage` for a block size that no reader knows.
     pub(crate) fn options(&self) -> Result<WriteOptions> {
@@ -193,4 +205,28 @@ fn facts(made: &Made) -> Value {
         "blocks": made.blocks,
         "relaxed": made.relaxed,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Debug, Parser)]
+    struct Words {
+        #[command(flatten)]
+        zfile: ZfileArgs,
+    }
+
+    #[test]
+    fn arguments_say_what_they_were_parsed_from() {
+        for words in [
+            &[][..],
+            &["--algorithm=zstd"],
+            &["--algorithm=lz4", "--level=9", "--bs=64", "--no-crc"],
+        ] {
+            let all = std::iter::once("x").chain(words.iter().copied());
+            assert_eq!(Words::try_parse_from(all).unwrap().zfile.arguments(), words);
+        }
+    }
 }

@@ -8,6 +8,7 @@
 
 mod args;
 mod attach;
+mod behind;
 mod bundle;
 #[cfg(feature = "registry")]
 mod cache;
@@ -50,6 +51,7 @@ mod zfile;
 use crate::error::{ErrorKind, Result};
 use crate::server::{self, SERVE_COMMAND, SUCCESSOR_COMMAND, SUPERVISE_COMMAND};
 use crate::telemetry::{self, Verbosity};
+use behind::COMPRESS_COMMAND;
 use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 use freeze::FREEZE_COMMAND;
 use std::path::PathBuf;
@@ -146,10 +148,13 @@ enum OwnCommand {
         #[arg()]
         mount: PathBuf,
     },
+    /// The process that compresses a layer, started by `snapshot`.
+    #[command(name = COMPRESS_COMMAND)]
+    Compress(behind::Args),
 }
 
-const OWN_COMMANDS: [&str; 4] =
-    [SERVE_COMMAND, SUCCESSOR_COMMAND, SUPERVISE_COMMAND, FREEZE_COMMAND];
+const OWN_COMMANDS: [&str; 5] =
+    [SERVE_COMMAND, SUCCESSOR_COMMAND, SUPERVISE_COMMAND, FREEZE_COMMAND, COMPRESS_COMMAND];
 
 impl OwnCommand {
     fn run(&self, verbosity: u8) -> Result<()> {
@@ -158,6 +163,7 @@ impl OwnCommand {
             Self::Succeed { id } => server::serve_successor(*id),
             Self::Supervise => server::supervise(),
             Self::Freeze { mount } => freeze::run(mount),
+            Self::Compress(args) => behind::run(args),
         }
     }
 }

@@ -1,9 +1,12 @@
 //! `snapshot`: what was written to a device becomes a layer.
 
 use super::args::{DeviceName, trusted_run_dir};
+use super::behind;
 use super::freeze::Frozen;
+use super::making::ZfileArgs;
 use super::{host, output};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::make::MakeOptions;
 use crate::server::{self, SnapshotOrder};
 use serde_json::json;
 use std::ffi::OsString;
@@ -35,6 +38,14 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE")]
     config_out: PathBuf,
 
+    /// Compress the layer into this file afterwards, in the background: it is there when it is
+    /// whole, and FILE.log tells what went wrong otherwise. The device goes on with LAYER
+    #[arg(long, value_name = "FILE")]
+    commit: Option<PathBuf>,
+
+    #[command(flatten)]
+    zfile: ZfileArgs,
+
     /// Freeze the file system on the device meanwhile; it must be mounted where you can see it
     #[arg(long)]
     freeze: bool,
@@ -45,6 +56,19 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
+    let commit = args.commit.as_deref().map(real).transpose()?;
+    if commit.is_none() && !args.zfile.is_default() {
+        let message = "--algorithm, --level, --bs and --no-crc say how to compress: add --commit";
+        return Err(Error::new(ErrorKind::Usage, message));
+    }
+    // What cannot be written is refused before anything is done.
+    args.zfile
+        .options()
+        .and_then(|zfile| MakeOptions { zfile: Some(zfile), ..MakeOptions::default() }.check())?;
+    if let Some(file) = commit.as_deref().filter(|file| file.exists()) {
+        let message = format!("{} is there already", file.display());
+        return Err(Error::new(ErrorKind::Usage, message));
+    }
     let run = trusted_run_dir()?;
     let id = DeviceName::parse(&args.device).resolve(&run)?;
     let order = SnapshotOrder {
@@ -52,13 +76,17 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         upper: real(&args.upper)?,
         config: real(&args.config_out)?,
     };
-    let config = order.config.clone();
+    let (config, layer) = (order.config.clone(), order.layer.clone());
     let frozen = if args.freeze { Some(freeze(id)?) } else { None };
     let report = server::snapshot(&run, id, order);
     // Thawed whatever came of it.
     let was_frozen = frozen.map_or(Ok(()), Frozen::thaw);
     let report = report?;
     was_frozen.context(|| "the snapshot was taken, but not of a frozen file system".to_owned())?;
+    if let Some(file) = &commit {
+        behind::begin(&layer, file, &args.zfile)
+            .context(|| "the snapshot was taken, but its layer is not compressed".to_owned())?;
+    }
     let layer = args.out.display().to_string();
     if args.json {
         let facts = json!({
@@ -66,6 +94,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             "layer_bytes": report.layer_bytes,
             "config": config.display().to_string(),
             "pause_ms": report.pause_ms,
+            "commit": commit.map(|file| file.display().to_string()),
         });
         return output::print_facts(facts, true);
     }

@@ -139,3 +139,22 @@ pub fn resize(run: &RunDir, id: u32, bytes: u64) -> Result<u64> {
     let missing = || Error::new(ErrorKind::Corrupt, "control reply: no size in it");
     reply.resized.ok_or_else(missing)
 }
+
+/// How far work behind somebody's back gives way to others, as nice(2) counts: those who read
+/// devices come first.
+const NICENESS: i32 = 10;
+
+/// Makes this process independent of who started it, who may end at once: its files, its session
+/// and its control group; and gives way to others. For work that is done behind its back.
+///
+/// # Errors
+/// As the operating system says.
+pub fn leave_caller() -> Result<()> {
+    isolate::close_inherited_files()?;
+    isolate::leave_session()?;
+    isolate::leave_cgroup(isolate::Inmate::Supervisor);
+    if let Err(error) = rustix::process::nice(NICENESS) {
+        tracing::debug!(%error, "does not give way to others");
+    }
+    Ok(())
+}

@@ -17,7 +17,7 @@ a_mounted_file_system_becomes_a_layer_and_is_written_on() {
         cp -r "$folder/cases/stack8" "/mnt/disk/copy$n"
         (cd /mnt/disk && find . -type f -exec sha256sum {} +) >"/tmp/snap/sums$n"
         obd-ublk snapshot "$dev" --freeze --out "/tmp/disk/layer$n" --upper "/tmp/disk/u$n" \
-            --config-out "/tmp/disk/config$n.json" >&3
+            --config-out "/tmp/disk/config$n.json" --commit "/tmp/disk/zfile$n" >&3
         # Not in the layer.
         echo late >"/mnt/disk/late$n"
     done
@@ -35,12 +35,22 @@ a_mounted_file_system_becomes_a_layer_and_is_written_on() {
     obd-ublk detach "$dev"
     for n in 1 2 3; do
         obd-ublk verify "/tmp/disk/layer$n" >/dev/null
-        # The layers up to this one, without the upper.
-        python3 - "$n" >/tmp/snap/config.json <<'PYTHON'
+        # It was compressed behind our back.
+        for _ in $(seq 200); do
+            [ ! -e "/tmp/disk/zfile$n" ] || [ -e "/tmp/disk/zfile$n.log" ] || break
+            sleep 0.3
+        done
+        obd-ublk verify "/tmp/disk/zfile$n" >/dev/null || fail "$(cat "/tmp/disk/zfile$n.log")"
+        # The layers up to this one, without the upper: as they were made, and compressed.
+        python3 - "$n" layer >/tmp/snap/config.json <<'PYTHON'
 import json, sys
-n = int(sys.argv[1])
-print(json.dumps({"lowers": [{"file": f"/tmp/disk/layer{i + 1}"} for i in range(n)]}))
+n, name = int(sys.argv[1]), sys.argv[2]
+print(json.dumps({"lowers": [{"file": f"/tmp/disk/{name}{i + 1}"} for i in range(n)]}))
 PYTHON
+        sed 's/layer\([0-9]\)/zfile\1/g' /tmp/snap/config.json >/tmp/snap/zfile.json
+        [ "$(obd-ublk diff --json /tmp/snap/config.json /tmp/snap/zfile.json |
+            python3 -c 'import json, sys; print(json.load(sys.stdin)["differing_bytes"])')" = 0 ] ||
+            fail "the compressed layer $n differs"
         dev=$(obd-ublk attach --mount /mnt/disk /tmp/snap/config.json)
         (cd /mnt/disk && sha256sum --quiet -c "/tmp/snap/sums$n")
         [ ! -e "/mnt/disk/late$n" ] || fail "layer $n has what came later"
