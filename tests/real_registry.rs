@@ -217,3 +217,26 @@ fn golden_images_come_out_of_a_real_registry_and_through_its_redirects() {
         assert!(checked.status.success(), "{checked:?}");
     }
 }
+
+#[test]
+fn a_real_registry_is_not_read_without_its_password() {
+    let golden = Golden::load();
+    let world = World::new();
+    let case = cases(&golden)[0];
+    world.push(&golden, case);
+    let image = format!("docker://{}/{}:v1", world.registry, case.name);
+    for (what, auth) in [("none", None), ("a wrong one", Some("somebody:wrong"))] {
+        let docker = world.path(what);
+        fs::create_dir(&docker).unwrap();
+        if let Some(auth) = auth {
+            let auth = base64::prelude::BASE64_STANDARD.encode(auth);
+            let auths = json!({"auths": {&world.registry: {"auth": auth}}});
+            fs::write(docker.join("config.json"), auths.to_string()).unwrap();
+        }
+        let output = world.run(&docker, &["export", &image, "--io-deadline", "4"]);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(7), "{what}: {said}");
+        assert!(said.contains(&world.registry), "{what}: {said}");
+        assert!(!said.contains("wrong"), "{what}: {said}");
+    }
+}
