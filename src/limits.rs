@@ -159,9 +159,11 @@ pub const PACKET_FILES_MAX: usize = 200;
 /// Open files that the supervisor keeps for one device: its map and its layers.
 pub const PARCEL_FILES_MAX: usize = LAYER_COUNT_MAX + 1;
 
-/// Parcels that systemd keeps for the supervisor: two of each device while one takes the other's
-/// place, for as many devices as there may be links ([`SUPERVISOR_LINKS_MAX`]).
-pub const STORED_PARCELS_MAX: usize = 2 * SUPERVISOR_LINKS_MAX;
+/// Files of parcels that systemd keeps for the supervisor: their names fit into one variable of the
+/// environment (128 KiB), and systemd, which compares each new one with all that it has, takes less
+/// than a millisecond for that. Enough for 100 devices of 30 layers; those beyond are opened anew
+/// when their server and the supervisor die together.
+pub const STORED_FILES_MAX: usize = 3500;
 
 /// Connections that the supervisor has at one time: a link for each device, and some for people.
 /// More devices than this on one host need more than one run folder.

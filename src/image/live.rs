@@ -15,7 +15,7 @@ use super::{WritableImage, WritableWorker};
 use crate::error::{Error, ErrorKind, Result};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, TryLockError};
 use std::time::{Duration, Instant};
 
 /// How often a change looks whether writes are still in flight: a write to a page cache takes some
@@ -166,8 +166,13 @@ impl LiveImage {
         deadline: Instant,
         act: impl FnOnce(&Arc<WritableImage>) -> Result<T>,
     ) -> Result<T> {
-        let Ok(_changing) = self.shared.changing.try_lock() else {
-            return Err(Error::new(ErrorKind::Busy, "the image is being exchanged already"));
+        let _changing = match self.shared.changing.try_lock() {
+            Ok(changing) => changing,
+            // A change that panicked: what it guards is nothing but the turn.
+            Err(TryLockError::Poisoned(changing)) => changing.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                return Err(Error::new(ErrorKind::Busy, "the image is being exchanged already"));
+            }
         };
         self.shared.stopped.store(true, Ordering::SeqCst);
         let stopped = Stopped(&self.shared);

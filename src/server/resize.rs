@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   can the kernel? -- writes stop -- flush, headers of the pair -- writes go on
-//!                                        -- state file -- kernel: UPDATE_SIZE
+//!                                        -- kernel: UPDATE_SIZE -- state file
 //! ```
 //!
 //! The pair first: a server that dies in between comes back with a disk that is larger than its
@@ -10,7 +10,7 @@
 //! its disk.
 
 use super::control::{Event, ResizeWish, Resized};
-use super::kernel::Kernel;
+use super::kernel::{Kernel, Served};
 use super::portable::Kept;
 use super::served::Up;
 use super::turn::caught;
@@ -59,9 +59,15 @@ pub(super) fn finish<K: Kernel>(
 ) -> Result<u64> {
     let before = grown?;
     let sectors = bytes_to_sectors(bytes).unwrap_or(0);
-    up.state.size_bytes = sectors_to_bytes(sectors);
-    up.state.save(up.slot.path())?;
+    if up.device.is_gone() {
+        return Err(Error::new(ErrorKind::NotFound, "the device went away meanwhile"));
+    }
     kernel.resize(up.state.id, sectors)?;
+    up.state.size_bytes = sectors_to_bytes(sectors);
+    if let Err(error) = up.state.save(up.slot.path()) {
+        // What it says there is told to people and decides nothing.
+        tracing::warn!("after a resize: {error:#}");
+    }
     tracing::info!(before, bytes, "the disk is larger");
     Ok(before)
 }

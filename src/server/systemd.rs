@@ -34,7 +34,7 @@
 
 use super::process::monotonic_ns;
 use super::run_dir::{RUN_DIR_VARIABLE, RunDir};
-use crate::limits::STORED_PARCELS_MAX;
+use crate::limits::STORED_FILES_MAX;
 use crate::telemetry::LOG_VARIABLE;
 use std::ffi::{OsStr, OsString};
 use std::io::Read;
@@ -162,7 +162,7 @@ fn supervisor_line(
     ]
     .map(OsString::from)
     .into();
-    line.push(format!("--property=FileDescriptorStoreMax={STORED_PARCELS_MAX}").into());
+    line.push(format!("--property=FileDescriptorStoreMax={STORED_FILES_MAX}").into());
     line.push(format!("--unit={}", supervisor_name(run)).into());
     let mut set = |name: &str, value: &OsStr| {
         let mut option = OsString::from(format!("--setenv={name}="));
@@ -306,7 +306,7 @@ mod tests {
             --property=KillMode=process|--property=OOMScoreAdjust=-999|\
             --property=OOMPolicy=continue|--property=ManagedOOMPreference=omit|\
             --property=LimitNOFILE=1048576|--property=NotifyAccess=main|\
-            --property=FileDescriptorStoreMax=8192|\
+            --property=FileDescriptorStoreMax=3500|\
             --unit=obd-ublk-supervisor-a80261b9a8794801.service|\
             --setenv=OBD_UBLK_RUN_DIR=/srv/r u|--setenv=OBD_UBLK_LOG=debug|--|/p|supervise";
         assert_eq!(joined(&line), expected);

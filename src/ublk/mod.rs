@@ -441,7 +441,17 @@ pub fn check_resize() -> Result<()> {
 /// `NotFound`, or `Timeout`/`Kernel`: it has the size of before.
 pub fn resize(id: u32, sectors: u64) -> Result<()> {
     let told = move |refusal: Refusal| refusal.tell(&format!("UPDATE_SIZE of device {id}"));
-    apart(move || Control::open()?.update_size(id, sectors).map_err(told))
+    apart(move || {
+        let mut control = Control::open()?;
+        // Drivers before 7.0 fall over a device that is stopped, and a number may have a new owner.
+        let info = control.info(id).map_err(told)?;
+        let own_pid = i32::try_from(std::process::id()).unwrap_or(0);
+        if u32::from(info.state) != sys::UBLK_S_DEV_LIVE || info.ublksrv_pid != own_pid {
+            let message = format!("device {id} is not served by this process");
+            return Err(Error::new(ErrorKind::NotFound, message));
+        }
+        control.update_size(id, sectors).map_err(told)
+    })
 }
 
 fn list_here() -> Result<Vec<KernelDevice>> {

@@ -42,7 +42,7 @@ impl Pair {
     }
 
     /// Grows the disk to `virtual_bytes`; the size that it had. Nobody may write meanwhile. Reads
-    /// go on, and those behind the old end find zeros afterwards. Blocks on the disk: a flush, and
+    /// go on, and those behind the old end find what lies below, or zeros. Blocks on the disk: a flush, and
     /// a new index file.
     ///
     /// # Errors

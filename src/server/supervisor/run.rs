@@ -132,10 +132,7 @@ pub fn supervise() -> Result<()> {
         retired: false,
         run,
     };
-    let received = given.receive();
-    if let Some(store) = &mut supervisor.store {
-        supervisor.stored = store.renew(received);
-    }
+    supervisor.take_on(given);
     supervisor.adopt_orphans();
     let outcome = supervisor.work();
     let _ = std::fs::remove_file(&socket);
@@ -183,9 +180,7 @@ impl Supervisor {
             let is_known = self.wards.contains_key(&id);
             if !is_known && self.remains(id, None).is_some_and(|remains| !remains.server_lives) {
                 tracing::info!(dev_id = id, "found without a server");
-                // It may be of an older attach: the successor compares it with the state file.
-                let Stored { program, parcel } = self.stored.remove(&id).unwrap_or_default();
-                self.wards.insert(id, Ward { program, parcel, ..Ward::default() });
+                self.find_ward(id);
                 self.server_is_gone(id);
             }
         }
@@ -257,7 +252,8 @@ impl Supervisor {
         // A thread that clears ends without a word; look again.
         let clearing = (!self.clearing.is_empty()).then(|| Instant::now() + LINGER);
         let look = self.later_looks.last().copied().filter(|_| !self.wards.is_empty());
-        dues.chain(linger).chain(clearing).chain(look).min()
+        let store = self.store.as_ref().and_then(DescriptorStore::due);
+        dues.chain(linger).chain(store).chain(clearing).chain(look).min()
     }
 
     fn was_told_to_end(&mut self) -> bool {
@@ -396,20 +392,6 @@ impl Supervisor {
                 let error = Error::new(ErrorKind::Usage, message);
                 self.say(link, &Note::refused(&error));
             }
-        }
-    }
-
-    /// Keeps what is known of device `id` where it outlives this process.
-    fn store(&mut self, id: u32) {
-        let (Some(store), Some(ward)) = (&mut self.store, self.wards.get(&id)) else { return };
-        store.keep(id, ward.program.as_ref(), &ward.parcel);
-    }
-
-    /// Lets go of what outlives this process of device `id`: files would stay open, and locked.
-    fn unstore(&mut self, id: u32) {
-        self.stored.remove(&id);
-        if let Some(store) = &mut self.store {
-            store.drop(id);
         }
     }
 
@@ -665,7 +647,7 @@ impl Supervisor {
         if remains.server_lives && successor.is_none() {
             return self.answer_and_close(person, &Note::Done { pause_us: None });
         }
-        let ward = self.wards.entry(id).or_default();
+        let ward = self.find_ward(id);
         ward.waiting.push(person);
         if ward.successor.is_none() {
             ward.deaths = super::policy::Deaths::default();
@@ -753,6 +735,9 @@ impl Supervisor {
                 }
             }
         }
+        if let Some(store) = self.store.as_mut().filter(|it| it.due().is_some_and(|at| at <= now)) {
+            store.work();
+        }
         self.end_waits_for_scopes(now);
         let is_due = |due: Option<Instant>| due.is_some_and(|due| due <= now);
         let late: Vec<u32> = self
@@ -778,6 +763,7 @@ impl Supervisor {
     }
 }
 
+mod keeping;
 mod succession;
 #[cfg(test)]
 mod tests;
