@@ -8,7 +8,7 @@ use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::image::Layer;
 use crate::make::Content;
 use crate::source::Source;
-use crate::upper::{Pair, PairOptions, PairPaths};
+use crate::upper::{self, PairPaths};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 
@@ -86,19 +86,11 @@ fn seal(args: &Args) -> Result<()> {
         [data, index] => PairPaths { data: data.clone(), index: index.clone() },
         _ => return Err(usage("CONFIG or DATA INDEX with --seal")),
     };
-    let pair = Pair::open(&paths, &PairOptions::default())?;
-    pair.suspend()?;
-    let seal = pair.plan_seal()?;
-    if let Err(error) = pair.seal(&seal) {
-        // As it was, if that can be; the first error is the one to tell.
-        let _ = pair.unseal(&seal);
-        return Err(error);
-    }
-    pair.retire();
+    let file_bytes = upper::seal(&paths)?;
     let shown = paths.data.display().to_string();
     if args.json {
-        let facts = json!({ "layer": shown, "file_bytes": seal.sealed_bytes });
+        let facts = json!({ "layer": shown, "file_bytes": file_bytes });
         return output::print_facts(facts, true);
     }
-    output::print(&format!("{shown}: {}\n", format_bytes(seal.sealed_bytes)))
+    output::print(&format!("{shown}: {}\n", format_bytes(file_bytes)))
 }

@@ -2,6 +2,7 @@
 
 use super::args::parse_size;
 use super::making::parse_uuid;
+use super::mkfs::make_ext4;
 use super::output;
 use crate::error::Result;
 use crate::format::lsmt::UuidText;
@@ -43,6 +44,10 @@ pub(crate) struct Args {
     #[arg(short = 's', long)]
     sparse: bool,
 
+    /// Put an empty ext4 file system on it, as overlaybd's converter does (needs e2fsprogs)
+    #[arg(long, requires = "index")]
+    mkfs: bool,
+
     /// UUID of the layer below
     #[arg(short = 'u', long, requires = "index", value_parser = parse_uuid, value_name = "UUID")]
     parent_uuid: Option<UuidText>,
@@ -56,6 +61,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if let (Some(index), Some(bytes)) = (&args.index, args.gibibytes) {
         let paths = PairPaths { data: args.folder.clone(), index: index.clone() };
         create_pair(&paths, bytes, args.sparse, args.parent_uuid)?;
+        if args.mkfs {
+            make_ext4(&paths, bytes, args.sparse).inspect_err(|_| {
+                for path in [&paths.data, &paths.index] {
+                    let _ = std::fs::remove_file(path);
+                }
+            })?;
+        }
         if args.json {
             let (data, index) = (paths.data.display(), paths.index.display());
             let facts = json!({"data": data.to_string(), "index": index.to_string()});

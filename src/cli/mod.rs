@@ -6,6 +6,7 @@
 //! given `--json`; its kind decides the exit code (see [`ErrorKind::exit_code`]), and wrong
 //! arguments end with 64. A reader that closes standard output early is no error.
 
+mod alias;
 mod args;
 mod attach;
 mod behind;
@@ -28,6 +29,7 @@ mod inspect;
 mod list;
 mod making;
 mod merge;
+mod mkfs;
 mod output;
 mod own;
 #[cfg(feature = "registry")]
@@ -48,7 +50,7 @@ mod version;
 mod why;
 mod zfile;
 
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::server::{self, SERVE_COMMAND, SUCCESSOR_COMMAND, SUPERVISE_COMMAND};
 use crate::telemetry::{self, Verbosity};
 use behind::COMPRESS_COMMAND;
@@ -215,9 +217,12 @@ impl Command {
 /// The whole program: reads the arguments of this process, returns its exit code.
 #[must_use]
 pub fn main() -> ExitCode {
+    if let Some(alias) = alias::called_as() {
+        return main_as(alias);
+    }
     let first = std::env::args_os().nth(1);
     let is_own = first.is_some_and(|first| OWN_COMMANDS.iter().any(|name| first == *name));
-    let outcome = if is_own {
+    finish(if is_own {
         OwnCli::try_parse().map(|cli| {
             // Started by a path that says little to people who look at processes.
             let _ = nix::sys::prctl::set_name(c"obd-ublk");
@@ -227,11 +232,33 @@ pub fn main() -> ExitCode {
             cli.command.run(cli.verbose)
         })
     } else {
-        Cli::try_parse().map(|cli| {
-            telemetry::init(cli.command.verbosity().raised(cli.verbose));
-            cli.command.run(cli.verbose)
-        })
+        Cli::try_parse().map(run)
+    })
+}
+
+/// The program under the name of one of the reference's tools.
+fn main_as(alias: &str) -> ExitCode {
+    let translated = alias::translate(alias, std::env::args_os().collect());
+    let outcome = match translated {
+        Ok(line) => Cli::try_parse_from(line).map(run),
+        Err(alias::Refusal::Usage(error)) => Err(error),
+        Err(alias::Refusal::Told(told)) => Ok(Err(Error::new(ErrorKind::Unsupported, told))),
     };
+    let failed = match &outcome {
+        Ok(result) => result.is_err(),
+        Err(error) => error.use_stderr(),
+    };
+    let _ = finish(outcome);
+    ExitCode::from(if failed { alias::EXIT_FAILED } else { 0 })
+}
+
+fn run(cli: Cli) -> Result<()> {
+    telemetry::init(cli.command.verbosity().raised(cli.verbose));
+    cli.command.run(cli.verbose)
+}
+
+/// Tells what went wrong, and its exit code.
+fn finish(outcome: Result<Result<()>, clap::Error>) -> ExitCode {
     match outcome {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) => {

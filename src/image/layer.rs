@@ -5,7 +5,7 @@ use super::reader::Scratch;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::format::lsmt::{self, Header, SegmentMapping};
 use crate::source::{FileIdentity, MappedFile, Source};
-use crate::units::{to_u64, to_usize, whole_sectors};
+use crate::units::{SECTOR_SIZE, to_u64, to_usize, whole_sectors};
 use crate::upper;
 use std::fs::File;
 use std::ops::Range;
@@ -140,7 +140,14 @@ impl Layer {
         let pair = lsmt::check_writable_pair(&data_header, index_header.as_ref())?;
         let (kind, segments, stored_entries) = if pair.sparse {
             let extents = data_extents(&payload)?;
-            let segments = lsmt::segments_of_sparse_file(&extents, pair.virtual_size_bytes)?;
+            // A layer that asks the one below for its size is as long as its file.
+            let disk_bytes = match pair.virtual_size_bytes {
+                0 => {
+                    payload.bytes().saturating_sub(lsmt::HEADER_BYTES).next_multiple_of(SECTOR_SIZE)
+                }
+                bytes => bytes,
+            };
+            let segments = lsmt::segments_of_sparse_file(&extents, disk_bytes)?;
             let entries = to_u64(segments.len());
             (LayerKind::WritableSparse, segments, entries)
         } else {

@@ -44,7 +44,7 @@ pub use open::{
 };
 pub use overlay::overlay_journal;
 pub use resize::resize;
-pub use seal::Seal;
+pub use seal::{Seal, seal};
 pub use sparse::{SparseUpper, is_sparse};
 pub use sparse_worker::SparseWorker;
 pub use storage::{FileSystemRoom, Folder, Storage};

@@ -9,10 +9,16 @@
 //! is that of the pair. Who decides which of the two it is, is the caller's business.
 
 use super::log::split;
-use super::{Pair, read, write};
+use super::open::{check_not_sealed, lock_data, read_header, too_short};
+use super::storage::Storage;
+use super::{Journal, Pair, PairOptions, PairPaths, read, write};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::lsmt::{Flags, Header, SegmentMapping, encode_sealed_index};
+use crate::format::lsmt::{
+    Flags, HEADER_BYTES, Header, SegmentMapping, check_writable_pair, encode_sealed_index,
+    segments_of_sparse_file,
+};
 use crate::limits::SEALED_INDEX_ENTRIES_MAX;
+use crate::source::{FileIdentity, data_extents_of, open_regular_for_writing};
 use crate::units::{SECTOR_SIZE, to_u64};
 use std::sync::atomic::Ordering;
 
@@ -25,6 +31,72 @@ pub struct Seal {
     pub sealed_bytes: u64,
     at_byte: u64,
     bytes: Vec<u8>,
+}
+
+/// The index of `segments` and `trailer` behind `data_bytes` of data.
+fn plan(name: &str, segments: &[SegmentMapping], data_bytes: u64, trailer: Header) -> Result<Seal> {
+    let entries = to_u64(segments.len());
+    if entries > SEALED_INDEX_ENTRIES_MAX {
+        let message =
+            format!("{name}: as a layer: {entries} entries, at most {SEALED_INDEX_ENTRIES_MAX}");
+        return Err(Error::new(ErrorKind::Unsupported, message));
+    }
+    let at_byte = data_bytes.next_multiple_of(SECTOR_SIZE);
+    let mut bytes = encode_sealed_index(segments);
+    let trailer = Header { index_offset_bytes: at_byte, index_entries: entries, ..trailer };
+    bytes.extend_from_slice(&trailer.encode());
+    let sealed_bytes = at_byte.saturating_add(to_u64(bytes.len()));
+    Ok(Seal { data_bytes, sealed_bytes, at_byte, bytes })
+}
+
+/// Seals the pair at `paths`, of either form, which nobody writes. Returns the length of the data
+/// file, which is a layer now; the index file stays. Blocks on the disk.
+///
+/// # Errors
+/// As [`Pair::open`], [`Pair::plan_seal`] and [`Pair::seal`]. The pair is as it was then, if that
+/// can be.
+pub fn seal(paths: &PairPaths) -> Result<u64> {
+    let data = open_regular_for_writing(&paths.data)?;
+    let header = read_header(&data, 0)?.ok_or_else(|| too_short("data"))?;
+    if header.flags.is_sparse_writable() && !header.flags.is_sealed() {
+        return seal_sparse(&data, &header, &paths.data.display().to_string());
+    }
+    drop(data);
+    let pair = Pair::open(paths, &PairOptions::default())?;
+    pair.suspend()?;
+    let seal = pair.plan_seal()?;
+    if let Err(error) = pair.seal(&seal) {
+        // The first error is the one to tell.
+        let _ = pair.unseal(&seal);
+        return Err(error);
+    }
+    pair.retire();
+    Ok(seal.sealed_bytes)
+}
+
+fn seal_sparse(data: &std::fs::File, header: &Header, name: &str) -> Result<u64> {
+    let told = |error| Error::io(format!("seal {name}"), &error);
+    let journals = PairOptions::default().journal_folder;
+    lock_data(data, name, &Journal::path_in(&journals, FileIdentity::of(data).map_err(told)?))?;
+    let pair = check_writable_pair(header, None)?;
+    check_not_sealed(data, &pair)?;
+    data.sync_all().map_err(told)?;
+    let data_bytes = data.metadata().map_err(told)?.len();
+    let extents = data_extents_of(data, name, HEADER_BYTES..data_bytes)?;
+    let disk_bytes = match pair.virtual_size_bytes {
+        0 => data_bytes.saturating_sub(HEADER_BYTES).next_multiple_of(SECTOR_SIZE),
+        bytes => bytes,
+    };
+    let segments = segments_of_sparse_file(&extents, disk_bytes)?;
+    let flags = Flags::DATA_FILE.with(Flags::SEALED);
+    let trailer = Header::new(flags, pair.virtual_size_bytes, pair.uuid, pair.parent_uuid);
+    let seal = plan(name, &segments, data_bytes, trailer)?;
+    let written = Storage::write_at(data, seal.at_byte, &seal.bytes);
+    if let Err(error) = written.and_then(|()| data.sync_all()) {
+        let _ = data.set_len(data_bytes).and_then(|()| data.sync_all());
+        return Err(told(error));
+    }
+    Ok(seal.sealed_bytes)
 }
 
 impl Pair {
@@ -57,28 +129,12 @@ impl Pair {
             let state = read(&self.state);
             state.map.pieces().flat_map(|(range, content)| split(range, content)).collect()
         };
-        let entries = to_u64(segments.len());
-        if entries > SEALED_INDEX_ENTRIES_MAX {
-            let message = format!(
-                "{}: as a layer: {entries} entries, at most {SEALED_INDEX_ENTRIES_MAX}",
-                self.name
-            );
-            return Err(Error::new(ErrorKind::Unsupported, message));
-        }
         let told = |error| Error::io(format!("ask for the length of {}", self.name), &error);
         let data_bytes = self.data.len_bytes().map_err(told)?;
-        let at_byte = data_bytes.next_multiple_of(SECTOR_SIZE);
         let virtual_bytes = self.virtual_sectors().saturating_mul(SECTOR_SIZE);
         let flags = Flags::DATA_FILE.with(Flags::SEALED);
-        let trailer = Header {
-            index_offset_bytes: at_byte,
-            index_entries: entries,
-            ..Header::new(flags, virtual_bytes, self.head.uuid, self.head.parent_uuid)
-        };
-        let mut bytes = encode_sealed_index(&segments);
-        bytes.extend_from_slice(&trailer.encode());
-        let sealed_bytes = at_byte.saturating_add(to_u64(bytes.len()));
-        Ok(Seal { data_bytes, sealed_bytes, at_byte, bytes })
+        let trailer = Header::new(flags, virtual_bytes, self.head.uuid, self.head.parent_uuid);
+        plan(&self.name, &segments, data_bytes, trailer)
     }
 
     /// Puts the seal behind the data, durably.

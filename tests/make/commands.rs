@@ -409,3 +409,84 @@ fn a_full_device_and_an_input_as_output_are_told() {
     assert_eq!(sha256_of_file(&folder.path().join("layer")), before);
     assert_eq!(names(folder.path()), ["layer", "link"]);
 }
+
+/// This program under the name of one of the reference's tools.
+fn tool(folder: &Path, words: &[&str]) -> Output {
+    let name = folder.join(words[0]);
+    if !name.exists() {
+        std::os::unix::fs::symlink(PROGRAM, &name).unwrap();
+    }
+    Command::new(name).args(&words[1..]).current_dir(folder).output().unwrap()
+}
+
+#[test]
+fn the_tools_of_the_reference_answer_to_their_names_with_0_and_1() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    let uuid = "01bb4fce-3eb1-b56b-05ad-f99504dafd31";
+    let parent = "5735e196-8e9f-443f-b595-87c6fdaee43a";
+    std::fs::write(here.join("plain"), vec![5; 9000]).unwrap();
+    for (words, code) in [
+        (&["overlaybd-create", "data", "index", "1", "-s", "--mkfs"][..], 0),
+        (&["overlaybd-create", "data", "index", "1", "-s"], 1),
+        (&["overlaybd-create", "x", "y"], 1),
+        (&["overlaybd-create", "x", "y", "1", "--turboOCI"], 1),
+        (&["overlaybd-create", "--help"], 0),
+        (&["overlaybd-create", "append.data", "append.index", "1", "--mkfs"], 0),
+        (&["overlaybd-commit", "data", "index", "overlaybd.commit", "-z", "-t", "--uuid", uuid], 0),
+        (&["overlaybd-commit", "data", "index", "overlaybd.commit", "-z", "-t", "--uuid", uuid], 1),
+        (
+            &[
+                "overlaybd-commit",
+                "append.data",
+                "append.index",
+                "append.commit",
+                "-z",
+                "-t",
+                "--uuid",
+                uuid,
+                "--parent-uuid",
+                parent,
+                "-f",
+            ],
+            0,
+        ),
+        (&["overlaybd-commit", "data", "missing", "out"], 1),
+        (&["overlaybd-commit", "--seal", "data", "index"], 0),
+        (&["overlaybd-commit", "--seal", "data", "index"], 1),
+        (&["overlaybd-commit", "--commit_sealed", "data", "sealed.commit", "-z", "-t"], 0),
+        (&["overlaybd-merge", "overlaybd.commit", "merged"], 0),
+        (&["overlaybd-merge", "plain", "merged"], 1),
+        (&["overlaybd-zfile", "plain", "plain.z"], 0),
+        (&["overlaybd-zfile", "plain", "plain.z"], 1),
+        (&["overlaybd-zfile", "-x", "plain.z", "plain.back"], 0),
+        (&["overlaybd-zfile", "-x", "plain", "plain.back", "-f"], 1),
+        (&["overlaybd-attacher", "attach", "--id", "x", "--config", "c"], 1),
+        (&["overlaybd-ublk", "add", "--config", "missing"], 1),
+        (&["overlaybd-ublk", "fly"], 1),
+    ] {
+        let output = tool(here, words);
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{words:?}: {told}");
+        assert_eq!(told.is_empty(), code == 0, "{words:?}: {told}");
+    }
+    let disk = flattened(here, "overlaybd.commit");
+    for layer in ["append.commit", "sealed.commit", "merged", "data"] {
+        assert_eq!(flattened(here, layer), disk, "{layer}");
+    }
+    assert_eq!(std::fs::read(here.join("plain.back")).unwrap(), vec![5; 9000]);
+    let found = check(&std::fs::read(here.join("append.commit")).unwrap());
+    assert_eq!((found.uuid, found.parent_uuid), (uuid.to_uppercase(), parent.to_uppercase()));
+    assert_eq!(found.virtual_bytes, 1 << 30);
+    // What the converter's library writes into the superblock: no UUID, no time but the first
+    // second, and no journal.
+    ok(here, &["export", "overlaybd.commit", "-o", "disk"]);
+    let mut superblock = [0; 1024];
+    std::fs::File::open(here.join("disk")).unwrap().read_exact_at(&mut superblock, 1024).unwrap();
+    assert_eq!(superblock[56..58], [0x53, 0xef]);
+    assert_eq!(superblock[104..120], [0; 16], "UUID");
+    let word = |at: usize| u32::from_le_bytes(superblock[at..at + 4].try_into().unwrap());
+    assert_eq!((word(92), word(96), word(100)), (0x238, 0x2c2, 0x6b), "features");
+    let checked = Command::new("/sbin/e2fsck").args(["-fn"]).arg(here.join("disk")).output();
+    assert!(checked.unwrap().status.success());
+}
