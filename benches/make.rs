@@ -10,7 +10,7 @@
 
 mod common;
 
-use common::{alternate, image_like, layer_of};
+use common::{image_like, layer_of};
 use nix::sys::resource::{UsageWho, getrusage};
 use obd_ublk::format::zfile::{Algorithm, BLOCK_SEED, WriteOptions, crc32c_raw};
 use obd_ublk::image::Layer;
@@ -19,6 +19,7 @@ use obd_ublk::source::Source;
 use std::hint::black_box;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::time::Instant;
 
 const BYTES: usize = 128 << 20;
 const ROUNDS: usize = 11;
@@ -53,17 +54,61 @@ fn commit(content: &Content, algorithm: Algorithm, threads: usize, output: &Path
     write_layer(content, content.identity(), &options, output, &watch).unwrap();
 }
 
-/// What a work takes of the processor, in user and kernel mode.
-fn cpu_seconds(work: impl FnOnce()) -> f64 {
-    let now = || {
+/// Seconds by the clock on the wall, and of the processor in user and kernel mode.
+#[derive(Clone, Copy)]
+struct Took {
+    wall: f64,
+    cpu: f64,
+}
+
+fn measure(work: impl FnOnce()) -> Took {
+    let cpu = || {
         let usage = getrusage(UsageWho::RUSAGE_SELF).unwrap();
         let seconds =
             |time: nix::sys::time::TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
         seconds(usage.user_time()) + seconds(usage.system_time())
     };
-    let start = now();
+    let (start, used) = (Instant::now(), cpu());
     work();
-    now() - start
+    Took { wall: start.elapsed().as_secs_f64(), cpu: cpu() - used }
+}
+
+/// Medians over all rounds, in seconds, and of the ratios within each.
+struct Outcome {
+    ours: f64,
+    floor: f64,
+    ratio: f64,
+    cpu_ratio: f64,
+}
+
+impl Outcome {
+    fn print(&self, name: &str, blocks: u64, goal: &str) {
+        let per = |seconds: f64| seconds * 1e9 / blocks as f64;
+        println!(
+            "{name:<20} ours {:>6.0} ns  floor {:>6.0} ns  ratio {:.3}  CPU {:.3}  goal {goal}",
+            per(self.ours),
+            per(self.floor),
+            self.ratio,
+            self.cpu_ratio
+        );
+    }
+}
+
+fn rounds(mut ours: impl FnMut() -> Took, mut floor: impl FnMut() -> Took) -> Outcome {
+    // Once for the caches.
+    let _ = (ours(), floor());
+    let pairs: Vec<(Took, Took)> = (0..ROUNDS).map(|_| (ours(), floor())).collect();
+    let median = |of: fn(&(Took, Took)) -> f64| {
+        let mut all: Vec<f64> = pairs.iter().map(of).collect();
+        all.sort_by(f64::total_cmp);
+        all[all.len() / 2]
+    };
+    Outcome {
+        ours: median(|(ours, _)| ours.wall),
+        floor: median(|(_, floor)| floor.wall),
+        ratio: median(|(ours, floor)| ours.wall / floor.wall),
+        cpu_ratio: median(|(ours, floor)| ours.cpu / floor.cpu),
+    }
 }
 
 fn main() {
@@ -78,27 +123,16 @@ fn main() {
     let blocks = u64::try_from(BYTES / 4096).unwrap();
     println!("{blocks} blocks of 4096 bytes, {ROUNDS} alternating rounds, medians");
     for (name, algorithm) in [("lz4", Algorithm::Lz4), ("zstd", Algorithm::Zstd)] {
-        let (mut ours, mut floor) = (Vec::new(), Vec::new());
-        let one = alternate(
-            ROUNDS,
-            || ours.push(cpu_seconds(|| commit(&content, algorithm, 1, &output))),
-            || floor.push(cpu_seconds(|| bare(&data, algorithm))),
-        );
-        one.print(&format!("{name} 4K, one core"), blocks, "<= 1.2");
-        // The same rounds by the processor's clock, which neighbours on the machine stop less.
-        let mut ratios: Vec<f64> = ours.iter().zip(&floor).map(|(a, b)| a / b).collect();
-        ratios.sort_by(f64::total_cmp);
-        println!("{name} 4K, one core, CPU time  ratio {:.3}", ratios[ratios.len() / 2]);
-        let two = alternate(
-            ROUNDS,
-            || commit(&content, algorithm, 2, &output),
-            || two_bare(&data, algorithm),
-        );
-        two.print(&format!("{name} 4K, two cores"), blocks, "-");
-        let gain = |one: std::time::Duration, two: std::time::Duration| {
-            one.as_secs_f64() / two.as_secs_f64()
+        // What the last round left is freed outside of the clock.
+        let fresh = |threads| {
+            let _ = std::fs::remove_file(&output);
+            measure(|| commit(&content, algorithm, threads, &output))
         };
-        let (ours, floor) = (gain(one.ours, two.ours), gain(one.floor, two.floor));
+        let one = rounds(|| fresh(1), || measure(|| bare(&data, algorithm)));
+        one.print(&format!("{name} 4K, one core"), blocks, "<= 1.2");
+        let two = rounds(|| fresh(2), || measure(|| two_bare(&data, algorithm)));
+        two.print(&format!("{name} 4K, two cores"), blocks, "-");
+        let (ours, floor) = (one.ours / two.ours, one.floor / two.floor);
         let share = ours / floor;
         println!("{name} 4K, second core gains    ours {ours:.3}  floor {floor:.3}");
         println!("{name} 4K, share of that gain   {share:.3}  goal >= 0.9");

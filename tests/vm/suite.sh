@@ -366,6 +366,8 @@ wrong_options_are_refused_and_leave_nothing() {
 . "$(dirname "$0")/attach.sh"
 # shellcheck source=tests/vm/upper.sh
 . "$(dirname "$0")/upper.sh"
+# shellcheck source=tests/vm/make.sh
+. "$(dirname "$0")/make.sh"
 # shellcheck source=tests/vm/snapshot.sh
 . "$(dirname "$0")/snapshot.sh"
 # shellcheck source=tests/vm/registry.sh
@@ -379,7 +381,7 @@ smoke=(doctor_says_that_attach_works_here every_golden_image_reads_as_its_export
     the_caller_gets_one_line_and_is_not_held parallel_readers_meet_no_error
     detach_under_load_ends_soon a_killed_server_is_cleared_by_detach_or_the_next_attach
     "${recovery_smoke[@]}" "${attach_smoke[@]}" "${write_smoke[@]}" "${upper_smoke[@]}"
-    "${snapshot_smoke[@]}" "${registry_smoke[@]}")
+    "${make_smoke[@]}" "${snapshot_smoke[@]}" "${registry_smoke[@]}")
 if [ "${wanted[*]}" = smoke ]; then
     wanted=("${smoke[@]}")
 fi
