@@ -320,8 +320,8 @@ pub const CACHE_POLL_MS_MAX: u64 = 20;
 /// 1 Mbit/s, so that whoever takes longer is stuck, and then each fetches for itself.
 pub const CACHE_PATIENCE_MS: u64 = 10_000;
 
-/// How long an extent whose content was wrong is not fetched again for that reason: what is wrong at
-/// its origin stays so, and who reads it gets an error meanwhile.
+/// How long an extent whose content was wrong is not fetched again for that reason: what is wrong
+/// at its origin stays so, and who reads it gets an error meanwhile.
 pub const CACHE_DISCARD_REST_MS: u64 = 60_000;
 
 /// Extents of one blob that are fetched again within that time: 128 MiB at the usual size. More is
@@ -358,8 +358,8 @@ pub const CACHE_BLOBS_MAX: usize = 100_000;
 /// the layer.
 pub const CACHE_COMMITS_MAX: usize = 256;
 
-/// Layers that `prefetch` pulls at a time unless told otherwise. Each is fetched by several requests
-/// already; more layers help where the larger ones are slow to begin.
+/// Layers that `prefetch` pulls at a time unless told otherwise. Each is fetched by several
+/// requests already; more layers help where the larger ones are slow to begin.
 pub const PREFETCH_LAYERS_DEFAULT: u16 = 4;
 
 /// Layers that `prefetch` pulls at a time at most: as many as fit the requests to one host.
@@ -370,6 +370,59 @@ pub const PREFETCH_ROUNDS_MAX: u32 = 3;
 
 /// How long checking a complete layer may take, by whoever does it: 100 GB at 200 MB/s.
 pub const PREFETCH_CHECK_SECONDS_MAX: u64 = 600;
+
+/// How often the background of an image looks around when nothing is due: whether most of a layer
+/// was wanted meanwhile. One wake-up in ten seconds for a device that is not all here.
+pub const BACKGROUND_LOOK_MS: u64 = 10_000;
+
+/// How long one step of the background waits for reads that wait for the same cache. Where there
+/// are always some, it goes on at five steps a second.
+pub const BACKGROUND_YIELD_MS: u64 = 200;
+
+/// From which part of a layer on the rest is fetched unasked: who wanted three quarters is likely
+/// to want the rest, and a whole layer is checked against its digest and read like a local file.
+pub const BACKGROUND_WHOLE_PERCENT: u64 = 75;
+
+/// Bytes of one step of a background download, whatever `blockSize` says: an extent at least.
+pub const DOWNLOAD_PIECE_BYTES_MIN: u64 = CACHE_EXTENT_BYTES;
+
+/// Bytes of one step of a background download at most: a second at 8 MB/s, in which reads wait.
+pub const DOWNLOAD_PIECE_BYTES_MAX: u64 = 8 * 1024 * 1024;
+
+/// Times that a background download tries each layer, whatever `tryCnt` says: with growing pauses,
+/// a day.
+pub const DOWNLOAD_TRIES_MAX: u32 = 1000;
+
+/// Threads that replay a trace, whatever `concurrency` says.
+pub const REPLAY_THREADS_MAX: usize = 8;
+
+/// Bytes of one step of a replay.
+pub const REPLAY_PIECE_BYTES_MAX: u64 = 1024 * 1024;
+
+/// Fetches of a replay that may fail before it is given up.
+pub const REPLAY_FAILURES_MAX: u32 = 8;
+
+/// First touches of chunks before a trace is judged by them: 8 MiB.
+pub const REPLAY_JUDGE_MIN: u64 = 128;
+
+/// How long the first touches of an image are learned: a container has started by then.
+pub const LEARN_MS_MAX: u64 = 300_000;
+
+/// Chunks of one layer that are told apart: 64 KiB each up to 64 GiB, larger ones beyond. Two bits
+/// for each, 256 KiB of memory.
+pub const TOUCH_CHUNKS_MAX: u64 = 1 << 20;
+
+/// First touches that are learned: 4 GiB of an image, 1.5 MiB of memory.
+pub const TOUCH_RECORDS_MAX: usize = 1 << 16;
+
+/// Images whose first touches are kept, 1.5 MiB each at most and 20 KB as a rule.
+pub const TOUCH_LOGS_MAX: usize = 1024;
+
+/// Reads that one recording keeps: 24 MB of memory, hours of a container's start.
+pub const RECORD_COUNT_MAX: usize = 1 << 20;
+
+/// Bytes of one record: the buffer into which the reference replays one.
+pub const RECORD_BYTES_MAX: u64 = 1024 * 1024;
 
 /// How long a read may take when the blob has to be fetched, unless told otherwise.
 pub const CACHE_READ_MS_DEFAULT: u64 = 60_000;

@@ -4,6 +4,9 @@
 #![cfg(feature = "registry")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "nbd/client.rs"]
+#[allow(dead_code)]
+mod client;
 mod common;
 #[path = "../tools/mock-registry/mod.rs"]
 mod mock;
@@ -17,7 +20,7 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use std::fs;
 use std::path::PathBuf;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -338,9 +341,13 @@ fn prefetch_makes_plain_files_of_all_layers_and_goes_on_where_it_was_stopped() {
     world.mock.fail(Part::Blob, 3, Fault::Delay(60_000));
     let mut child = world.command(&["prefetch", config]).spawn().unwrap();
     let end = Instant::now() + Duration::from_secs(60);
-    while world.mock.count(Part::Blob) < 7 {
+    loop {
         assert!(Instant::now() < end, "it never came so far");
-        std::thread::sleep(Duration::from_millis(5));
+        let stat = world.run(&["cache", "stat", "--json"]);
+        let stat: Value = serde_json::from_slice(&stat.stdout).unwrap_or_default();
+        if stat["filled_extents"].as_u64().is_some_and(|filled| filled > 0) {
+            break;
+        }
     }
     let pid = nix::unistd::Pid::from_raw(child.id().try_into().unwrap());
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
@@ -439,4 +446,177 @@ fn a_read_fails_within_the_deadline_that_was_asked_for() {
     }
     let usage = world.run(&["export", "--io-deadline", "0", config]);
     assert_eq!(usage.status.code(), Some(64));
+}
+
+/// A server that ends when this is dropped.
+struct Serving {
+    child: Child,
+    socket: PathBuf,
+}
+
+impl Serving {
+    fn begin(world: &World, config: &str) -> Self {
+        let socket = world.path("socket");
+        let address = format!("unix:{}", socket.display());
+        let mut command = world.command(&["serve", "--nbd", &address, config]);
+        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        eventually("it serves", || socket.exists());
+        Self { child, socket }
+    }
+
+    fn read(&self, offset: u64, len: u32) -> Vec<u8> {
+        client::Client::new(&self.socket).read(offset, len).unwrap()
+    }
+
+    fn end(mut self) {
+        let pid = nix::unistd::Pid::from_raw(self.child.id().try_into().unwrap());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+        assert!(self.child.wait().unwrap().success());
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        // Nothing to do after `end`; a test that failed must not leave it behind.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn eventually(what: &str, is_so: impl Fn() -> bool) {
+    let end = Instant::now() + Duration::from_secs(60);
+    while !is_so() {
+        assert!(Instant::now() < end, "never: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The bytes of blobs that were asked for, counted once for each request.
+fn bytes_asked_for(world: &World) -> u64 {
+    let asked = |record: mock::Record| {
+        let range = record.range.unwrap();
+        let (first, last) = range.strip_prefix("bytes=").unwrap().split_once('-').unwrap();
+        last.parse::<u64>().unwrap() + 1 - first.parse::<u64>().unwrap()
+    };
+    world.mock.log(Part::Blob).into_iter().map(asked).sum()
+}
+
+/// What one run touched first is fetched by the next one before anybody asks for it, though the
+/// cache was emptied meanwhile; what it did not touch is not.
+#[test]
+fn the_first_touches_of_an_image_are_learned_and_fetched_ahead_at_its_next_attach() {
+    let disk = disk_of(16 << 20, 9);
+    let world = World::new();
+    let lower = world.push_blob(layer_of(&disk));
+    let digest = lower["digest"].as_str().unwrap().to_owned();
+    let config = world.config(&[lower]);
+    let config = config.to_str().unwrap();
+    let places = [9_u64 << 20, 3 << 20, 13 << 20];
+    let serving = Serving::begin(&world, config);
+    for place in places {
+        let at = usize::try_from(place).unwrap();
+        assert!(serving.read(place, 4096) == disk[at..at + 4096]);
+    }
+    serving.end();
+    let removed = world.run(&["cache", "rm", &digest]);
+    assert!(removed.status.success(), "{removed:?}");
+    world.mock.clear();
+    let serving = Serving::begin(&world, config);
+    // Both ends of the layer, which opening it takes, and the three places.
+    let least = (128 << 10) + (256 << 10) + 3 * (128 << 10);
+    eventually("all three are fetched", || bytes_asked_for(&world) >= least);
+    eventually("they are the last", || {
+        let before = bytes_asked_for(&world);
+        std::thread::sleep(Duration::from_millis(500));
+        bytes_asked_for(&world) == before
+    });
+    let requests = world.mock.count(Part::Blob);
+    for place in places {
+        let at = usize::try_from(place).unwrap();
+        assert!(serving.read(place, 4096) == disk[at..at + 4096]);
+    }
+    assert_eq!(world.mock.count(Part::Blob), requests, "they were here already");
+    assert!(bytes_asked_for(&world) < 3 << 20, "{} bytes", bytes_asked_for(&world));
+    serving.end();
+}
+
+/// The background download of overlaybd's settings: the whole layer becomes `overlaybd.commit` in
+/// its folder while it is served.
+#[test]
+fn a_background_download_makes_the_file_that_the_next_attach_takes() {
+    let disk = disk_of(5 << 20, 10);
+    let layer = layer_of(&disk);
+    let world = World::new();
+    let dir = world.path("layer-folder");
+    fs::create_dir(&dir).unwrap();
+    let mut lower = world.push_blob(layer.clone());
+    lower["dir"] = json!(dir);
+    let config = world.path("config.json");
+    let text = json!({
+        "repoBlobUrl": world.mock.blobs_of("img"), "lowers": [lower],
+        "download": {"enable": true, "delay": 0, "delayExtra": 0, "maxMBps": 0},
+    });
+    fs::write(&config, text.to_string()).unwrap();
+    let config = config.to_str().unwrap();
+    let serving = Serving::begin(&world, config);
+    let commit = dir.join("overlaybd.commit");
+    eventually("the layer's file", || commit.exists());
+    assert!(fs::read(&commit).unwrap() == layer);
+    assert!(serving.read(1 << 20, 4096) == disk[1 << 20..(1 << 20) + 4096]);
+    assert_eq!(bytes_asked_for(&world), u64::try_from(layer.len()).unwrap(), "each byte once");
+    serving.end();
+    // No registry and no cache are needed any more.
+    world.mock.fail(Part::Blob, u64::MAX, Fault::status(500));
+    let requests = world.mock.count(Part::Blob);
+    assert!(world.run(&["export", config]).stdout == disk);
+    assert_eq!(world.mock.count(Part::Blob), requests);
+}
+
+/// Requests of a cold open, in rounds: a request of one round waits for an answer of the round
+/// before. Every answer takes so long that requests of one round cannot be taken for two.
+#[test]
+fn a_cold_open_takes_two_rounds_of_requests_and_five_from_nothing() {
+    const ANSWER_MS: u64 = 700;
+    let layers: Vec<_> = (0..3).map(|seed| layer_of(&disk_of(8 << 20, 20 + seed))).collect();
+    let rounds_of = |is_from_nothing: bool| {
+        let world = World::new();
+        let lowers: Vec<_> = layers.iter().map(|layer| world.push_blob(layer.clone())).collect();
+        let config = world.config(&lowers);
+        for part in [Part::Blob, Part::Token, Part::Store] {
+            world.mock.fail(part, u64::MAX, Fault::Delay(ANSWER_MS));
+        }
+        if is_from_nothing {
+            let realm = format!("{}/token", world.mock.url());
+            let mut state = world.mock.state();
+            state.auth = mock::Auth::Bearer(mock::answer::Bearer::at(&realm));
+            state.redirect = Some((world.mock.url(), 60_000));
+        }
+        let output = world.run(&["explain", config.to_str().unwrap(), "0"]);
+        assert!(output.status.success(), "{output:?}");
+        let log = world.mock.state().log.clone();
+        let mut times: Vec<Instant> = log.iter().map(|record| record.at).collect();
+        times.sort();
+        let mut rounds = 0;
+        let mut begun: Option<Instant> = None;
+        for at in times {
+            let round = Duration::from_millis(ANSWER_MS * 9 / 10);
+            if begun.is_none_or(|begun| at.saturating_duration_since(begun) >= round) {
+                (rounds, begun) = (rounds + 1, Some(at));
+            }
+        }
+        let of = |part| log.iter().filter(|record| record.part == part).count();
+        println!(
+            "cold open of 3 layers, from nothing: {is_from_nothing}: {rounds} rounds, {} requests \
+             to the registry, {} to its store, {} for tokens",
+            of(Part::Blob),
+            of(Part::Store),
+            of(Part::Token)
+        );
+        (rounds, of(Part::Token))
+    };
+    let (rounds, _) = rounds_of(false);
+    assert!(rounds <= 2, "{rounds} rounds");
+    let (rounds, tokens) = rounds_of(true);
+    assert!(rounds <= 5, "{rounds} rounds from nothing");
+    assert_eq!(tokens, 1, "one token for all layers");
 }

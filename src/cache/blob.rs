@@ -22,7 +22,7 @@ use crate::units::{to_u64, to_usize};
 use arc_swap::ArcSwap;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -203,23 +203,24 @@ impl Slot {
     }
 
     /// Fetches extents ahead of a reader, as long as nothing is in the way.
-    fn fetch_ahead(self: &Arc<Self>, fetch: &dyn Fetch, extents: Range<u64>) {
+    fn fetch_ahead(self: &Arc<Self>, fetch: &dyn Fetch, extents: Range<u64>) -> Result<()> {
         let deadline = Instant::now() + self.shared.settings.deadline;
         let residence = self.residence.load_full();
-        let Some(pair) = residence.pair() else { return };
+        let Some(pair) = residence.pair() else { return Ok(()) };
         let filler = self.filler(Some(pair), fetch, (Purpose::Ahead, &NEVER), deadline);
         let mut at = extents.start;
         while at < extents.end {
             let is_here = |extent| pair.states().are_here(&(extent..extent + 1));
             let run = next_missing(at..extents.end, self.join_max(), is_here);
-            let Some(run) = run else { return };
+            let Some(run) = run else { break };
             at = run.end;
             let Begun::Mine(ticket) = self.flights.begin(run, 0) else { continue };
             at = ticket.extents().end;
-            if !matches!(self.fly(ticket, &residence, &filler), Ok(Brought::Here)) {
-                return;
+            if !matches!(self.fly(ticket, &residence, &filler)?, Brought::Here) {
+                break;
             }
         }
+        Ok(())
     }
 }
 
@@ -351,6 +352,7 @@ impl CachedBlob {
             return Ok(());
         }
         count(&self.slot.counters.misses, 1);
+        let _waiting = Waiting::begin(&self.slot.shared.waiting);
         self.plan_ahead(offset_bytes..end);
         self.spread_rest(&(offset_bytes..end));
         let deadline = self.deadline();
@@ -494,13 +496,30 @@ impl CachedBlob {
             let (weak, fetch) = (Arc::downgrade(slot), Arc::clone(&self.fetch));
             let job = move || {
                 if let Some(slot) = weak.upgrade() {
-                    slot.fetch_ahead(&*fetch, piece);
+                    // Who needs it finds out what is wrong.
+                    let _ = slot.fetch_ahead(&*fetch, piece);
                 }
             };
             if !slot.shared.pool.push(Box::new(job)) {
                 count(&slot.counters.ahead_dropped, 1);
             }
         }
+    }
+}
+
+/// One more read waits, as long as this lives.
+struct Waiting<'a>(&'a AtomicUsize);
+
+impl<'a> Waiting<'a> {
+    fn begin(waiting: &'a AtomicUsize) -> Self {
+        waiting.fetch_add(1, Ordering::Relaxed);
+        Self(waiting)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -558,6 +577,33 @@ impl RemoteBlob for CachedBlob {
             }
             Residence::Nothing => false,
         }
+    }
+
+    fn fetch_ahead(&self, bytes: Range<u64>) -> Result<()> {
+        self.check_range(&bytes)?;
+        self.slot.check_not_condemned()?;
+        if self.canceled.load(Ordering::Relaxed) {
+            return Err(canceled());
+        }
+        if !self.slot.shared.gate.is_open() {
+            return Ok(());
+        }
+        self.slot.fetch_ahead(&*self.fetch, self.slot.extents.touched_by(&bytes))
+    }
+
+    fn here_bytes(&self) -> u64 {
+        match &**self.slot.residence.load() {
+            Residence::Whole(_) => self.bytes(),
+            Residence::Partial(pair) => {
+                let here = pair.states().here().saturating_mul(self.slot.extents.extent_bytes());
+                here.min(self.bytes())
+            }
+            Residence::Nothing => 0,
+        }
+    }
+
+    fn is_busy(&self) -> bool {
+        self.slot.shared.waiting.load(Ordering::Relaxed) > 0
     }
 
     fn usage(&self) -> RemoteUsage {

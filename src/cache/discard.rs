@@ -152,10 +152,23 @@ impl Slot {
 
     fn discard_one(&self, pair: &Pair, extent: u64) -> io::Result<bool> {
         let one = extent..extent + 1;
-        let Begun::Mine(ticket) = self.flights.begin(one.clone(), 0) else { return Ok(true) };
         for _ in 0..CLAIM_TRIES {
+            let pause = Duration::from_millis(CACHE_POLL_MS_MAX);
+            let ticket = match self.flights.begin(one.clone(), 0) {
+                Begun::Mine(ticket) => ticket,
+                // It may still be the one that brought what is wrong.
+                Begun::Theirs(flight) => {
+                    let _ = flight.wait(Instant::now() + pause);
+                    continue;
+                }
+            };
+            if !pair.states().are_here(&one) {
+                ticket.land(Outcome::Stored);
+                return Ok(true);
+            }
             let Some((claim, _)) = pair.claim_front(&one)? else {
-                std::thread::sleep(Duration::from_millis(CACHE_POLL_MS_MAX));
+                ticket.land(Outcome::Stored);
+                std::thread::sleep(pause);
                 continue;
             };
             tracing::warn!(digest = %self.digest, extent, "wrong in content: fetched once more");

@@ -74,6 +74,7 @@ use gate::Gate;
 use pool::Pool;
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 use store::Folder;
@@ -133,6 +134,8 @@ struct Shared {
     folder: Option<Folder>,
     gate: Gate,
     pool: Pool,
+    /// Reads that wait for bytes now.
+    waiting: AtomicUsize,
     slots: Arc<Mutex<Slots>>,
 }
 
@@ -168,7 +171,8 @@ impl Cache {
         });
         let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let gate = Gate::new(settings.quota_bytes, ms(settings.pause), ms(settings.tick));
-        Self { shared: Arc::new(Shared { settings, folder, gate, pool, slots }) }
+        let waiting = AtomicUsize::new(0);
+        Self { shared: Arc::new(Shared { settings, folder, gate, pool, waiting, slots }) }
     }
 
     /// A blob, read through the cache. Blocks for some system calls, 2 s at most where other

@@ -79,6 +79,11 @@ impl States {
         u64::try_from(self.states.len()).is_ok_and(|all| self.here.load(Ordering::Acquire) >= all)
     }
 
+    /// How many are here.
+    pub(super) fn here(&self) -> u64 {
+        self.here.load(Ordering::Relaxed)
+    }
+
     /// The extent is here; its bytes were written or checked before.
     pub(super) fn set_here(&self, extent: u64) {
         let Some(state) = self.get(extent) else { return };

@@ -14,6 +14,7 @@
 //! [`SparseImage`] one in sparse form. `Stack` keeps what only tools need (`inspect`, `explain`,
 //! `verify`).
 
+mod background;
 mod blocks;
 mod check;
 #[cfg(feature = "registry")]
@@ -33,6 +34,7 @@ mod sparse_image;
 mod stack;
 mod writable;
 
+pub use background::Background;
 pub use check::{LayerReport, check_layers, work_bytes};
 #[cfg(feature = "registry")]
 pub use elsewhere::{cache_settings, folders as folders_elsewhere};
@@ -60,7 +62,7 @@ use crate::map::FlatMap;
 use crate::source::{RemoteBlob, RemoteUsage, Source};
 use crate::units::SECTOR_SIZE;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// An open image: every layer found, checked and merged.
 #[derive(Debug)]
@@ -73,9 +75,15 @@ pub struct Image {
 struct Parts {
     payloads: Box<[Payload]>,
     map: FlatMap,
+    /// What goes on beside the reads of a served image.
+    background: OnceLock<Arc<Background>>,
 }
 
 impl Parts {
+    fn new(payloads: Box<[Payload]>, map: FlatMap) -> Self {
+        Self { payloads, map, background: OnceLock::new() }
+    }
+
     /// The layers that lie elsewhere.
     fn remote_blobs(&self) -> impl Iterator<Item = &dyn RemoteBlob> {
         self.payloads.iter().filter_map(|payload| match payload.source() {
@@ -165,6 +173,9 @@ impl Disk for Image {
     }
 
     fn cancel(&self) {
+        if let Some(background) = self.parts.background.get() {
+            background.stop();
+        }
         self.parts.remote_blobs().for_each(|blob| blob.cancel());
     }
 }

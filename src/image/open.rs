@@ -55,8 +55,8 @@ pub fn load_service_config(path: Option<&Path>) -> Result<ServiceConfig> {
     ServiceConfig::parse(&bytes).context(|| format!("parse {shown}"))
 }
 
-/// As [`load_service_config`], with how long a read of a layer in a registry may take, if the caller
-/// says so.
+/// As [`load_service_config`], with how long a read of a layer in a registry may take, if the
+/// caller says so.
 ///
 /// # Errors
 /// As there.

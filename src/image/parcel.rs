@@ -113,7 +113,7 @@ impl Image {
         for (number, (layer, fd)) in contents.layers.into_iter().zip(parcel.layers).enumerate() {
             payloads.push(unpack_layer(layer, fd).context(|| format!("unpack layer {number}"))?);
         }
-        Ok(Self { parts: Arc::new(Parts { payloads: payloads.into_boxed_slice(), map }) })
+        Ok(Self { parts: Arc::new(Parts::new(payloads.into_boxed_slice(), map)) })
     }
 }
 

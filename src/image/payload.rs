@@ -139,6 +139,27 @@ impl Payload {
         }
     }
 
+    /// Where in the blob the stored bytes behind `len` bytes of the payload lie; `None` for no
+    /// bytes and those beyond the end.
+    pub(super) fn blob_range(&self, offset_bytes: u64, len: u64) -> Option<Range<u64>> {
+        let end = offset_bytes.checked_add(len).filter(|end| *end <= self.bytes())?;
+        if len == 0 {
+            return None;
+        }
+        let stored = match &self.zfile {
+            None => offset_bytes..end,
+            Some(part) => {
+                let block_bytes = u64::from(part.header.block_bytes);
+                let (first, last) = (offset_bytes / block_bytes, (end - 1) / block_bytes);
+                let first = part.jump_table.compressed_range(first);
+                first.start..part.jump_table.compressed_range(last).end
+            }
+        };
+        let start = self.wrapping.offset_bytes.checked_add(stored.start)?;
+        let end = self.wrapping.offset_bytes.checked_add(stored.end)?;
+        (start < end).then_some(start..end)
+    }
+
     /// Has stored bytes whose content is wrong fetched once more, where they lie elsewhere. Whether
     /// reading them again may help.
     #[cold]

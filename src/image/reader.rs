@@ -212,8 +212,12 @@ impl Worker for Reader {
                 Target::Data { layer, sector } => {
                     let payload = parts.payloads.get(usize::from(layer));
                     let Some(payload) = payload else { return Err(no_such_layer(layer)) };
+                    let at_byte = sector.saturating_mul(SECTOR_SIZE);
+                    if let Some(background) = parts.background.get() {
+                        background.note(layer, at_byte, now.len());
+                    }
                     scratch
-                        .read(payload, layer, sector.saturating_mul(SECTOR_SIZE), now)
+                        .read(payload, layer, at_byte, now)
                         .map_err(|error| layer_context(error, payload, layer))?;
                 }
             }
@@ -238,23 +242,11 @@ impl Worker for Reader {
 /// Whether the stored bytes behind `len` bytes of a payload are all here.
 fn is_here(payload: &Payload, offset_bytes: u64, len: u64) -> bool {
     let Source::Remote(blob) = payload.source() else { return true };
-    let end = offset_bytes.saturating_add(len);
-    let stored = match payload.zfile() {
-        None => offset_bytes..end,
-        Some(part) => {
-            let block_bytes = u64::from(part.header.block_bytes);
-            let blocks = part.jump_table.block_count();
-            let (first, last) = (offset_bytes / block_bytes, end.saturating_sub(1) / block_bytes);
-            if last >= blocks {
-                // Not there at all: the read will say so.
-                return true;
-            }
-            let first = part.jump_table.compressed_range(first);
-            first.start..part.jump_table.compressed_range(last).end
-        }
-    };
-    let at_byte = payload.wrapping().offset_bytes.saturating_add(stored.start);
-    blob.is_here(at_byte, stored.end.saturating_sub(stored.start))
+    match payload.blob_range(offset_bytes, len) {
+        Some(range) => blob.is_here(range.start, range.end - range.start),
+        // Not there at all: the read will say so.
+        None => true,
+    }
 }
 
 #[cold]

@@ -143,7 +143,7 @@ impl Stack {
     pub fn into_image(self) -> Result<Image> {
         let map = self.merge()?;
         let payloads: Vec<Payload> = self.layers.into_iter().map(|layer| layer.payload).collect();
-        Ok(Image { parts: Arc::new(Parts { payloads: payloads.into_boxed_slice(), map }) })
+        Ok(Image { parts: Arc::new(Parts::new(payloads.into_boxed_slice(), map)) })
     }
 
     /// Why `sector` reads as it does: asked of the layers one by one from the top, not of the
@@ -202,7 +202,8 @@ impl Image {
         };
         let map = FlatMap::build(&paint(strokes), bytes / SECTOR_SIZE)?;
         let payloads = parts.payloads.iter().cloned().chain([layer.payload]).collect();
-        Ok(Self { parts: Arc::new(Parts { payloads, map }) })
+        let background = parts.background.clone();
+        Ok(Self { parts: Arc::new(Parts { background, ..Parts::new(payloads, map) }) })
     }
 }
 

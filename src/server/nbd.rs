@@ -10,8 +10,10 @@ use super::serve::check_not_told_to_stop;
 use super::served_disk::{How, ServedDisk, Upper};
 use super::signals;
 use crate::error::{Error, Result};
+use crate::image::Background;
 use crate::nbd::{self, Server};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 
 /// What is to be served to NBD clients.
@@ -63,7 +65,8 @@ pub fn serve_nbd(
     let (sender, inbox) = channel();
     let up = signals::forward(sender)
         .and_then(|()| bring_up((&prepared, how), &options.socket, &inbox, announce));
-    let (server, upper) = up.inspect_err(|error| report(prepared.result_file.as_ref(), error))?;
+    let Up { server, upper, background } =
+        up.inspect_err(|error| report(prepared.result_file.as_ref(), error))?;
     // Kept open, the result file would keep its file system from being unmounted.
     drop(prepared);
     // Its sender lives as long as the process.
@@ -73,9 +76,19 @@ pub fn serve_nbd(
             break;
         }
     }
+    if let Some(background) = &background {
+        background.end();
+    }
     server.stop();
     tracing::info!("the socket is gone");
     upper.map_or(Ok(()), |upper| upper.close())
+}
+
+/// What serves.
+struct Up {
+    server: Server,
+    upper: Option<Upper>,
+    background: Option<Arc<Background>>,
 }
 
 fn bring_up(
@@ -83,13 +96,13 @@ fn bring_up(
     socket: &Path,
     inbox: &Receiver<Event>,
     announce: impl FnOnce(&NbdServing) -> Result<()>,
-) -> Result<(Server, Option<Upper>)> {
+) -> Result<Up> {
     let config = &prepared.config;
     let socket = std::path::absolute(socket)
         .map_err(|error| Error::io(format!("find socket {}", socket.display()), &error))?;
     let service_config = prepared.service_config.as_deref();
     let disk = ServedDisk::open(config, &prepared.text, service_config, how)?;
-    let upper = disk.upper();
+    let (upper, background) = (disk.upper(), disk.background());
     let read_only = upper.is_none();
     let server = Server::start(disk, &socket)?;
     let size_bytes = server.export().size_bytes;
@@ -101,7 +114,7 @@ fn bring_up(
         announce(&NbdServing { uri, socket, size_bytes, read_only })
     });
     match announced {
-        Ok(()) => Ok((server, upper)),
+        Ok(()) => Ok(Up { server, upper, background }),
         Err(error) => {
             server.stop();
             // Nothing was written.

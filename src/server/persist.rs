@@ -322,7 +322,8 @@ mod tests {
     #[test]
     fn an_entry_is_the_command_line_that_made_it() {
         let expected = "attach --json --id 3 --queues 2 --depth 64 --service-config /s --quota \
-                        1073741824 --io-deadline 9 --mount M --read-only --unsupervised -- /w/c/-v.json";
+                        1073741824 --io-deadline 9 --mount M --read-only \
+                        --unsupervised -- /w/c/-v.json";
         let expected: Vec<OsString> = expected
             .split(' ')
             .map(|word| if word == "M" { "/mnt/a b".into() } else { word.into() })

@@ -70,11 +70,17 @@ impl Kept for Image {
 
     /// Of an image with layers in a registry, those of the cache and of credentials.
     fn folders(&self) -> Vec<PathBuf> {
+        let mut folders = self.background_folders();
         #[cfg(feature = "registry")]
         if self.may_wait() {
-            return crate::image::folders_elsewhere();
+            folders.extend(crate::image::folders_elsewhere());
         }
-        Vec::new()
+        folders
+    }
+
+    fn close(&self) -> Result<()> {
+        self.end_background();
+        Ok(())
     }
 
     fn remote(&self) -> Option<RemoteUsage> {

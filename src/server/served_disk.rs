@@ -13,8 +13,8 @@ use crate::disk::{Disk, Geometry, Space, Worker};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::format::config::ImageConfig;
 use crate::image::{
-    Image, LiveImage, LiveWorker, Reader, SparseImage, SparseImageWorker, UpperChoice,
-    WritableImage, load_service_config_with, open_each,
+    Background, Image, LiveImage, LiveWorker, Reader, SparseImage, SparseImageWorker, UpperChoice,
+    WritableImage, load_service_config_with, open_each, parse_image_config,
 };
 use crate::source::{Place, RemoteUsage};
 use crate::upper::{self, Form, Pair, PairOptions, PairPaths, SparseUpper, Usage};
@@ -146,7 +146,9 @@ impl ServedDisk {
                 return Err(Error::new(ErrorKind::Usage, message));
             }
             let service = load_service_config_with(service_config, how.io_deadline_s)?;
-            return Image::open_text(config, text, &service).map(Self::ReadOnly);
+            let image = Image::open_text(config, text, &service)?;
+            image.begin_background(&parsed, &service);
+            return Ok(Self::ReadOnly(image));
         };
         parsed.upper = None;
         let lowers = open_lowers(&parsed, service_config, how.io_deadline_s)?;
@@ -184,6 +186,11 @@ impl ServedDisk {
         let choice = UpperChoice { data, options };
         let image = WritableImage::on_top_of(lowers, &paths, choice)?;
         Ok(Self::Writable(Box::new(LiveImage::new(image))))
+    }
+
+    /// What goes on beside its reads.
+    pub(super) fn background(&self) -> Option<Arc<Background>> {
+        self.in_lowers(|lowers| lowers.and_then(Image::background))
     }
 
     /// The upper that is written.
@@ -262,7 +269,9 @@ fn open_lowers(
     }
     let service = load_service_config_with(service_config, io_deadline_s)?;
     let layers: Result<Vec<_>> = open_each(config, &service).into_iter().collect();
-    crate::image::Stack::from_layers(layers?)?.into_image().map(Some)
+    let image = crate::image::Stack::from_layers(layers?)?.into_image()?;
+    image.begin_background(config, &service);
+    Ok(Some(image))
 }
 
 impl Disk for ServedDisk {
@@ -373,6 +382,7 @@ impl Kept for ServedDisk {
     }
 
     fn close(&self) -> Result<()> {
+        self.in_lowers(|lowers| lowers.map_or(Ok(()), Kept::close))?;
         self.upper().map_or(Ok(()), |upper| upper.close()).context(|| "close the upper".to_owned())
     }
 
@@ -433,7 +443,9 @@ impl Ready {
         let Some((upper, paths)) = upper_of(state)? else {
             let anew = || {
                 let service = load_service_config_with(service, state.io_deadline_s)?;
-                Image::open_text(&state.config, &text, &service)
+                let image = Image::open_text(&state.config, &text, &service)?;
+                image.begin_background(&parse_image_config(&state.config, &text)?, &service);
+                Ok(image)
             };
             let (image, from_parcel) = unpack_or(files, state, anew)?;
             return Ok((Self::ReadOnly(image), from_parcel));

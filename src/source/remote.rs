@@ -5,6 +5,7 @@
 
 use crate::error::Result;
 use std::fmt;
+use std::ops::Range;
 use std::time::Instant;
 
 macro_rules! sums {
@@ -115,6 +116,27 @@ pub trait RemoteBlob: Send + Sync + fmt::Debug {
     /// Whether [`RemoteBlob::read`] of these bytes would find all of them here: no I/O, and only a
     /// hint, because what is here may be thrown away in the next moment.
     fn is_here(&self, offset_bytes: u64, bytes: u64) -> bool;
+
+    /// Brings these bytes here before anybody asks for them, as far as nothing is in the way: who
+    /// is fetching one of them already is not waited for, and what cannot be kept is not fetched.
+    /// Blocks as [`RemoteBlob::read`] does.
+    ///
+    /// # Errors
+    /// As there.
+    fn fetch_ahead(&self, bytes: Range<u64>) -> Result<()> {
+        let _ = bytes;
+        Ok(())
+    }
+
+    /// How much of the blob is here, as far as this process knows.
+    fn here_bytes(&self) -> u64 {
+        0
+    }
+
+    /// Whether reads of this blob, or of others that are kept with it, wait for bytes now.
+    fn is_busy(&self) -> bool {
+        false
+    }
 
     /// What it cost so far.
     fn usage(&self) -> RemoteUsage {

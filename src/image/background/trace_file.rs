@@ -1,0 +1,171 @@
+//! Trace files, as overlaybd's users have them: an empty one asks for a recording, one with records
+//! is replayed.
+//!
+//! ```text
+//!   TRACE (0 bytes) --attach--> TRACE.lock appears --removed, or detach--> TRACE written, TRACE.ok
+//!   TRACE, or the file `trace` of an acceleration layer --attach--> replayed
+//! ```
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::config::ImageConfig;
+use crate::format::trace::{self, Op, Record, Trace};
+use crate::limits::{RECORD_BYTES_MAX, RECORD_COUNT_MAX, TRACE_BYTES_MAX};
+use crate::source::{Place, open_regular};
+use crate::units::to_u64;
+use std::fs::File;
+use std::io::Read as _;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// The name of the trace in the folder of an acceleration layer.
+const LAYER_TRACE: &str = "trace";
+
+/// What a config wishes for.
+#[derive(Debug)]
+pub(super) enum TraceWish {
+    Record(Recording),
+    Replay(Trace),
+    Nothing,
+}
+
+impl TraceWish {
+    /// What is wrong with a trace is told and keeps nobody from reading the image.
+    pub(super) fn of(config: &ImageConfig) -> Self {
+        let wish = if config.acceleration_layer {
+            let layer = config.lowers.last().map(|layer| layer.dir.as_str()).unwrap_or_default();
+            load(&Path::new(layer).join(LAYER_TRACE)).map(Self::Replay)
+        } else if config.record_trace_path.is_empty() {
+            return Self::Nothing;
+        } else {
+            Self::of_file(Path::new(&config.record_trace_path))
+        };
+        wish.unwrap_or_else(|error| {
+            let error = format!("{error:#}");
+            tracing::warn!(error, "no trace is replayed or recorded");
+            Self::Nothing
+        })
+    }
+
+    fn of_file(path: &Path) -> Result<Self> {
+        let Ok(found) = std::fs::metadata(path) else {
+            // Only a file that is there is a wish.
+            return Ok(Self::Nothing);
+        };
+        if found.len() > 0 {
+            return load(path).map(Self::Replay);
+        }
+        Recording::begin(path).map(Self::Record)
+    }
+}
+
+/// The trace in a file.
+///
+/// # Errors
+/// `NotFound`, `Io`; what is wrong with it.
+pub(super) fn load(path: &Path) -> Result<Trace> {
+    let told = |error: &std::io::Error| Error::io(format!("read {}", path.display()), error);
+    let mut bytes = Vec::new();
+    let file = open_regular(path)?;
+    file.take(TRACE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(|error| told(&error))?;
+    if !trace::has_magic(&bytes) {
+        let message = format!("{}: no trace (lists of paths are not supported)", path.display());
+        return Err(Error::new(ErrorKind::Unsupported, message));
+    }
+    trace::parse(&bytes).map_err(|error| error.context(format!("parse {}", path.display())))
+}
+
+/// A recording under way.
+#[derive(Debug)]
+pub(super) struct Recording {
+    trace: Place,
+    lock: Place,
+    ok: Place,
+    /// `None` once it is written.
+    records: Mutex<Option<Vec<Record>>>,
+}
+
+impl Recording {
+    /// Begins: whoever wants it to end removes the lock.
+    fn begin(path: &Path) -> Result<Self> {
+        let trace = Place::of_file(path)?;
+        let (lock, ok) = (trace.beside(".lock")?, trace.beside(".ok")?);
+        match lock.create_new(0o644) {
+            Ok(_) => {}
+            // That of the server that we take over from.
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(error) => {
+                return Err(Error::io(format!("make {}", lock.path().display()), &error));
+            }
+        }
+        tracing::info!(trace = %trace.path().display(), "recording");
+        Ok(Self { trace, lock, ok, records: Mutex::new(Some(Vec::new())) })
+    }
+
+    /// Takes note of a read of a layer.
+    pub(super) fn note(&self, layer: u16, offset_bytes: u64, bytes: u64) {
+        let mut records = self.records();
+        let Some(records) = &mut *records else { return };
+        let (mut at, end) = (offset_bytes, offset_bytes.saturating_add(bytes));
+        // The reference replays into a buffer of this size.
+        while at < end && records.len() < RECORD_COUNT_MAX {
+            let bytes = RECORD_BYTES_MAX.min(end - at);
+            let layer_index = u32::from(layer);
+            records.push(Record { op: Op::Read, layer_index, bytes, offset_bytes: at });
+            at += bytes;
+        }
+    }
+
+    /// Ends it when the lock is gone; whether it has ended.
+    pub(super) fn look_for_end(&self) -> bool {
+        if matches!(self.lock.identity(), Ok(None)) {
+            self.finish();
+        }
+        self.records().is_none()
+    }
+
+    /// Writes the trace, once.
+    pub(super) fn finish(&self) {
+        let Some(records) = self.records().take() else { return };
+        let count = records.len();
+        match self.write(&Trace { records }) {
+            Ok(()) => tracing::info!(count, trace = %self.trace.path().display(), "recorded"),
+            Err(error) => {
+                let error = format!("{error:#}");
+                tracing::warn!(error, "the recorded trace is lost");
+            }
+        }
+    }
+
+    fn write(&self, trace: &Trace) -> Result<()> {
+        let told = |what: &str, place: &Place, error: &std::io::Error| {
+            Error::io(format!("{what} {}", place.path().display()), error)
+        };
+        self.ok.remove().map_err(|error| told("remove", &self.ok, &error))?;
+        let file = self.trace.open_for_writing()?;
+        let written = write_whole(&file, &trace::encode(trace));
+        if let Err(error) = written {
+            // Empty again, it asks for a recording.
+            let _ = file.set_len(0);
+            return Err(told("write", &self.trace, &error));
+        }
+        self.lock.remove().map_err(|error| told("remove", &self.lock, &error))?;
+        let made = self.ok.create_new(0o644).map(drop);
+        made.map_err(|error| told("make", &self.ok, &error))
+    }
+
+    /// The folder in which it makes files.
+    pub(super) fn folder(&self) -> Option<PathBuf> {
+        self.trace.path().parent().map(Into::into)
+    }
+
+    fn records(&self) -> MutexGuard<'_, Option<Vec<Record>>> {
+        self.records.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn write_whole(file: &File, bytes: &[u8]) -> std::io::Result<()> {
+    file.write_all_at(bytes, 0)?;
+    file.set_len(to_u64(bytes.len()))?;
+    file.sync_all()
+}
