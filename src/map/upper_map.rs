@@ -87,18 +87,53 @@ impl UpperMap {
         if let Content::Data { .. } = content {
             self.data_sectors += end - start;
         }
-        let before = self.pieces.range_mut(..=start).next_back();
-        if let Some((&first, piece)) = before {
-            if first == start && piece.end_sector == end {
+        // One look at the tree tells of both neighbours, which decides nearly all writes.
+        let mut back = self.pieces.range_mut(..=end).rev();
+        let mut before = back.next();
+        let mut next = None;
+        if before.as_ref().is_some_and(|(first, _)| **first == end) {
+            next = before.map(|(_, piece)| *piece);
+            before = back.next();
+        }
+        if let Some((first, piece)) = &mut before
+            && piece.end_sector > start
+        {
+            if **first == start && piece.end_sector == end {
                 let old = std::mem::replace(&mut piece.content, content);
                 self.data_sectors -= free(old, end - start, freed);
                 return;
             }
-            if first < start && piece.end_sector > start {
-                let old = *piece;
-                piece.end_sector = start;
-                self.cover(start, &(start..end), old.content.advanced(start - first), old, freed);
-            }
+            return self.put_over(start..end, content, freed);
+        }
+        let next = next.filter(|next| content.advanced(end - start) == next.content);
+        let end_sector = next.map_or(end, |next| next.end_sector);
+        let is_joined = if let Some((&first, before)) = before
+            && before.end_sector == start
+            && before.content.advanced(start - first) == content
+        {
+            before.end_sector = end_sector;
+            true
+        } else {
+            false
+        };
+        if next.is_some() {
+            self.pieces.remove(&end);
+        }
+        if !is_joined {
+            self.pieces.insert(start, Piece { end_sector, content });
+        }
+    }
+
+    /// Puts `content` at `sectors` where something is.
+    fn put_over(&mut self, sectors: Range<u64>, content: Content, freed: &mut Vec<Range<u64>>) {
+        let Range { start, end } = sectors;
+        let before = self.pieces.range_mut(..start).next_back();
+        if let Some((&first, piece)) = before
+            && piece.end_sector > start
+        {
+            let old = *piece;
+            piece.end_sector = start;
+            self.cover(start, &(start..end), old.content.advanced(start - first), old, freed);
         }
         while let Some((&first, _)) = self.pieces.range(start..end).next() {
             let Some(old) = self.pieces.remove(&first) else { break };
