@@ -333,6 +333,46 @@ fn a_layer_never_has_more_entries_than_the_reference_reads() {
     assert_eq!(checked.entries.iter().map(|entry| entry.1).sum::<u64>(), 1_200_000);
 }
 
+/// Whatever a damaged layer says, it is refused or makes a layer that obeys the rules.
+#[test]
+fn layers_with_flipped_bits_are_refused_or_obeyed() {
+    let mut refused = 0;
+    for seed in 0..300 {
+        let mut random = Random(seed);
+        let disk = random_disk(400, &mut random);
+        let mut layer = layer_of(&disk, random.one_in(2));
+        let structure = 390 + 4096 + 16 * 256;
+        for _ in 0..=random.below(3) {
+            // In the header, the index or the trailer, where every bit means something.
+            let at = random.index(structure);
+            let at = if at < 390 { at } else { layer.len() - (structure - at) };
+            layer[at] ^= 1 << random.below(8);
+        }
+        let source = obd_ublk::source::Source::Memory(layer.into());
+        let opened = obd_ublk::image::Layer::open_sealed("memory".to_owned(), source);
+        let Ok(content) = opened.and_then(Content::of_layer) else {
+            refused += 1;
+            continue;
+        };
+        let sink = Memory::default();
+        let (done, canceled) = (AtomicU64::new(0), AtomicBool::new(false));
+        let watch = Watch { done: &done, canceled: &canceled };
+        let options = MakeOptions { threads: 2, ..MakeOptions::default() };
+        let folder = std::env::temp_dir();
+        let made = write_layer_to(&content, content.identity(), &options, &sink, &folder, &watch);
+        if made.is_ok() {
+            let file = sink.bytes.into_inner().unwrap();
+            assert!(file.starts_with(b"ZFile"));
+            obd_ublk::image::Layer::open_sealed(
+                "made".to_owned(),
+                obd_ublk::source::Source::Memory(file.into()),
+            )
+            .unwrap();
+        }
+    }
+    assert!(refused > 50, "{refused}");
+}
+
 #[test]
 fn memory_is_a_function_of_the_options() {
     let of = |threads, block_bytes| {

@@ -55,7 +55,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let (content, output) = match args.files.as_slice() {
         [layer, output] if args.commit_sealed => (sealed(layer)?, output),
         [config, output] if !args.commit_sealed => {
-            (Content::of_pair(&pair_of_config(config)?)?, output)
+            (Content::of_pair(&pair_of_config(config)?)?.with_input(config), output)
         }
         [data, index, output] if !args.commit_sealed => {
             let paths = PairPaths { data: data.clone(), index: index.clone() };

@@ -11,7 +11,7 @@ use crate::units::{SECTOR_SIZE, to_u64, to_usize, whole_sectors};
 use crate::upper::PairPaths;
 use std::fs::{File, TryLockError};
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Parts of the disk in one piece at most: runs of zeros take no room in it.
 const PIECE_PARTS_MAX: usize = 4096;
@@ -58,6 +58,8 @@ pub struct Content {
     payloads: Vec<Payload>,
     runs: Vec<Run>,
     identity: Identity,
+    /// Files that are read and that no output may replace.
+    inputs: Vec<PathBuf>,
     /// Keeps whoever writes the pair away, as long as it is read.
     _still: Option<File>,
 }
@@ -83,7 +85,8 @@ impl Content {
         }
         let layer = Layer::open_writable(&paths.data, &paths.index)
             .context(|| format!("open the pair of {name}"))?;
-        Ok(Self { _still: Some(file), ..Self::of_layer(layer)? })
+        let this = Self { _still: Some(file), ..Self::of_layer(layer)? };
+        Ok(this.with_input(&paths.data).with_input(&paths.index))
     }
 
     /// One layer, without what is below it.
@@ -99,10 +102,15 @@ impl Content {
     /// # Errors
     /// As [`Stack::runs`].
     pub fn of_stack(stack: Stack) -> Result<Self> {
-        let runs = stack.runs()?;
+        let mut runs = stack.runs()?;
         let virtual_bytes = stack.virtual_bytes();
         let layers = stack.into_layers();
         let single = layers.len() == 1;
+        if !single && virtual_bytes > 0 {
+            // What lies behind the end of the disk is not seen. Of one layer it may be, with one on
+            // top that is larger.
+            cut(&mut runs, whole_sectors(virtual_bytes));
+        }
         let top = layers.last().map(|layer| layer.header.clone());
         let identity = Identity {
             virtual_bytes,
@@ -116,8 +124,20 @@ impl Content {
                 .filter(|_| single)
                 .map_or([0; USER_TAG_BYTES], |top| top.user_tag),
         };
-        let payloads = layers.into_iter().map(|layer| layer.payload).collect();
-        Ok(Self { payloads, runs, identity, _still: None })
+        let payloads: Vec<Payload> = layers.into_iter().map(|layer| layer.payload).collect();
+        let path = |payload: &Payload| match payload.source() {
+            Source::Mapped(mapped) => Some(mapped.path().to_owned()),
+            Source::Memory(_) | Source::Remote(_) => None,
+        };
+        let inputs = payloads.iter().filter_map(path).collect();
+        Ok(Self { payloads, runs, identity, inputs, _still: None })
+    }
+
+    /// The same with one more file that no output may replace: the config that told of it.
+    #[must_use]
+    pub fn with_input(mut self, path: &Path) -> Self {
+        self.inputs.push(path.to_owned());
+        self
     }
 
     /// What the new layer says of itself unless told otherwise.
@@ -140,12 +160,15 @@ impl Content {
     /// # Errors
     /// `InvalidConfig`.
     pub fn check_output(&self, output: &Path) -> Result<()> {
-        for payload in &self.payloads {
-            if let Source::Mapped(mapped) = payload.source() {
-                super::refuse_same(mapped.path(), output)?;
-            }
-        }
-        Ok(())
+        self.inputs.iter().try_for_each(|input| super::refuse_same(input, output))
+    }
+}
+
+/// Cuts off what lies at and behind `end_sector`.
+fn cut(runs: &mut Vec<Run>, end_sector: u64) {
+    runs.retain(|run| run.start_sector < end_sector);
+    if let Some(last) = runs.last_mut() {
+        last.end_sector = last.end_sector.min(end_sector);
     }
 }
 

@@ -136,6 +136,12 @@ fn an_upper_that_is_written_is_not_committed() {
     assert!(said.contains("data is being written by another process"), "{said}");
     pair.close().unwrap();
     drop(pair);
+    for output in ["data", "index", "./index", "config.json"] {
+        let pair = json!({"upper": {"data": "data", "index": "index"}});
+        std::fs::write(folder.path().join("config.json"), pair.to_string()).unwrap();
+        let said = refused(folder.path(), 2, &["commit", "config.json", output]);
+        assert!(said.contains("must not be written"), "{said}");
+    }
     ok(folder.path(), &["commit", "data", "index", "layer"]);
 }
 
@@ -489,4 +495,51 @@ fn the_tools_of_the_reference_answer_to_their_names_with_0_and_1() {
     assert_eq!((word(92), word(96), word(100)), (0x238, 0x2c2, 0x6b), "features");
     let checked = Command::new("/sbin/e2fsck").args(["-fn"]).arg(here.join("disk")).output();
     assert!(checked.unwrap().status.success());
+}
+
+/// What a converter does for the second layer of an image: a pair without a size of its own.
+#[test]
+fn a_pair_without_a_size_is_committed_to_a_layer_without_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    let base = random_disk(4000, &mut Random(31));
+    std::fs::write(here.join("base"), layer_of(&base, false)).unwrap();
+    for (form, data) in [(&[][..], "append"), (&["-s"][..], "sparse")] {
+        let index = format!("{data}.index");
+        let create = [&["overlaybd-create", data, &index, "0"][..], form].concat();
+        assert_eq!(tool(here, &create).status.code(), Some(0));
+        let text = [7_u8; 4096].repeat(3);
+        if form.is_empty() {
+            let options = PairOptions {
+                journal_folder: here.join("run"),
+                lower_bytes: 4000 * 512,
+                ..PairOptions::default()
+            };
+            let paths = PairPaths { data: here.join(data), index: here.join(&index) };
+            let pair = Pair::open(&paths, &options).unwrap();
+            let mut worker = pair.worker();
+            worker.write(808, &text).unwrap();
+            drop(worker);
+            pair.close().unwrap();
+        } else {
+            let file = std::fs::File::options().write(true).open(here.join(data)).unwrap();
+            file.write_all_at(&text, 4096 + 808 * 512).unwrap();
+        }
+        let layer = format!("{data}.commit");
+        let commit = ["overlaybd-commit", data, &index, &layer, "-z", "-t"];
+        assert_eq!(tool(here, &commit).status.code(), Some(0));
+        let found = check(&std::fs::read(here.join(&layer)).unwrap());
+        assert_eq!(found.virtual_bytes, 0);
+        assert_eq!(found.entries, [(808, 24, 8, false)], "{data}");
+        let config = json!({"lowers": [{"file": here.join("base")}, {"file": here.join(&layer)}]});
+        std::fs::write(here.join("config.json"), config.to_string()).unwrap();
+        ok(here, &["merge", "config.json", "merged"]);
+        let found = check(&std::fs::read(here.join("merged")).unwrap());
+        assert_eq!(found.virtual_bytes, 4000 * 512);
+        let differing = ok(here, &["diff", "base", "merged"]);
+        assert!(differing.lines().all(|line| {
+            let start: u64 = line.split(' ').next().unwrap().parse().unwrap();
+            (808 * 512..832 * 512).contains(&start)
+        }));
+    }
 }
