@@ -42,8 +42,8 @@ impl Pair {
     }
 
     /// Grows the disk to `virtual_bytes`; the size that it had. Nobody may write meanwhile. Reads
-    /// go on, and those behind the old end find what lies below, or zeros. Blocks on the disk: a flush, and
-    /// a new index file.
+    /// go on, and those behind the old end find what lies below, or zeros. Blocks on the disk: a
+    /// flush, and a new index file.
     ///
     /// # Errors
     /// As [`Pair::resize`]; after a failure that leaves unknown what would last, as any write.
