@@ -12,8 +12,8 @@
 //! ```
 //!
 //! A set counts when it is whole; of two the later. The new one is stored before the old one is
-//! removed. What is stored are the files opened anew: a lock that a server holds must not live on in
-//! systemd, and systemd takes each open file once only. (All of a parcel in one socket would be one
+//! removed. What is stored are the files opened anew: a lock that a server holds must not live on
+//! in systemd, and systemd takes each open file once only. (All of a parcel in one socket would be one
 //! descriptor, but files that wait in sockets count against every process of root.)
 //!
 //! Nobody waits for systemd: what it does not take at once is tried again. All of this is a wish;
@@ -311,16 +311,14 @@ impl DescriptorStore {
 
     fn remove(&mut self, set: &Set) {
         // What systemd has not been told of it need not be undone.
-        let is_of_set = |message: &Message| matches!(message, Message::Store(name, _) if set.names.contains(name));
-        let waiting: Vec<Name> = self
-            .queue
-            .iter()
-            .filter_map(|message| match message {
-                Message::Store(name, _) if set.names.contains(name) => Some(*name),
-                _ => None,
-            })
-            .collect();
-        self.queue.retain(|message| !is_of_set(message));
+        let mut waiting = Vec::new();
+        self.queue.retain(|message| match message {
+            Message::Store(name, _) if set.names.contains(name) => {
+                waiting.push(*name);
+                false
+            }
+            _ => true,
+        });
         let told = set.names.iter().filter(|name| !waiting.contains(name));
         self.queue.extend(told.map(|name| Message::Remove(name.text())));
     }
