@@ -13,8 +13,8 @@
 //!
 //! A set counts when it is whole; of two the later. The new one is stored before the old one is
 //! removed. What is stored are the files opened anew: a lock that a server holds must not live on
-//! in systemd, and systemd takes each open file once only. (All of a parcel in one socket would be one
-//! descriptor, but files that wait in sockets count against every process of root.)
+//! in systemd, and systemd takes each open file once only. (All of a parcel in one socket would be
+//! one descriptor, but files that wait in sockets count against every process of root.)
 //!
 //! Nobody waits for systemd: what it does not take at once is tried again. All of this is a wish;
 //! what cannot be stored is opened anew from the state file. (Formats: sd_notify(3),
