@@ -43,7 +43,11 @@ impl Reference {
             None => (text, None),
         };
         let (host, path) = match name.split_once('/') {
-            Some((host, path)) if looks_like_a_host(host) => (host.to_ascii_lowercase(), path),
+            Some((host, path)) if looks_like_a_host(host) => {
+                // One that only its capitals tell from a part of a repository keeps them.
+                let lower = host.to_ascii_lowercase();
+                (if looks_like_a_host(&lower) { lower } else { host.to_owned() }, path)
+            }
             _ => (DOCKER_HUB.to_owned(), name),
         };
         if !is_host(&host) {
@@ -99,7 +103,7 @@ impl Reference {
     pub fn origin(&self, is_plain: bool) -> Origin {
         let host = if self.host == DOCKER_HUB { DOCKER_HUB_HOST } else { &self.host };
         let own_port = if is_plain { ":80" } else { ":443" };
-        let host = host.strip_suffix(own_port).unwrap_or(host).to_owned();
+        let host = host.strip_suffix(own_port).unwrap_or(host).to_ascii_lowercase();
         Origin { is_https: !is_plain, host }
     }
 
@@ -187,6 +191,7 @@ mod tests {
         let digest = Digest::of(b"");
         for (text, full, origin, target) in [
             ("redis", "docker.io/library/redis:latest", "https://registry-1.docker.io", "latest"),
+            ("Host/a", "Host/a:latest", "https://host", "latest"),
             ("a/redis:7", "docker.io/a/redis:7", "https://registry-1.docker.io", "7"),
             (
                 "docker.io/redis",
@@ -268,7 +273,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_full_name_means_the_same(text in "[a-z0-9.:/@_-]{1,40}") {
+        fn the_full_name_means_the_same(text in "[a-zA-D0-9.:/@_-]{1,40}") {
             if let Ok(reference) = Reference::parse(&text) {
                 prop_assert_eq!(Reference::parse(&reference.to_string()).unwrap(), reference);
             }
