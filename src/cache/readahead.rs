@@ -5,8 +5,8 @@
 //! stream of its own, which fetches nothing ahead before it was continued. So a sequential reader
 //! is soon 8 MiB ahead, several beside each other are too, and random reads fetch what they need.
 //!
-//! A stream asks to be told when the reader comes to its mark, half a window in front of the end of
-//! what was asked for, so that hits between two marks cost nothing.
+//! A stream asks to be told when the reader comes to its mark, three quarters of a window in front
+//! of the end of what was asked for, so that hits between two marks cost nothing.
 
 use crate::limits::{CACHE_AHEAD_BYTES_MAX, CACHE_AHEAD_BYTES_MIN, CACHE_STREAMS_MAX};
 use std::ops::Range;
@@ -75,7 +75,7 @@ impl Readahead {
             return None;
         }
         stream.next = read.end;
-        let due = stream.asked_to.saturating_sub(stream.window / 2);
+        let due = stream.asked_to.saturating_sub(stream.reserve());
         if read.end < due {
             return None;
         }
@@ -86,7 +86,7 @@ impl Readahead {
             return None;
         }
         stream.asked_to = end;
-        let mark = end.saturating_sub(stream.window / 2 + 1).clamp(read.end, end - 1);
+        let mark = end.saturating_sub(stream.reserve() + 1).clamp(read.end, end - 1);
         Some(Ahead { extents: start..end, mark })
     }
 
@@ -102,6 +102,12 @@ impl Readahead {
 }
 
 impl Stream {
+    /// How much there must be ahead: below it, more is asked for. Three quarters of the window, so
+    /// that about so many of its requests are always under way.
+    fn reserve(&self) -> u64 {
+        self.window - self.window / 4
+    }
+
     /// Whether `read` begins in the extent that was read last, or in front of the end of what was
     /// asked for: a reader with several requests in flight is not in order.
     fn is_continued_by(&self, read: &Range<u64>) -> bool {

@@ -70,12 +70,11 @@ impl Kept for Image {
 
     /// Of an image with layers in a registry, those of the cache and of credentials.
     fn folders(&self) -> Vec<PathBuf> {
-        let mut folders = self.background_folders();
         #[cfg(feature = "registry")]
-        if self.may_wait() {
-            folders.extend(crate::image::folders_elsewhere());
-        }
-        folders
+        let elsewhere = self.may_wait().then(crate::image::folders_elsewhere);
+        #[cfg(not(feature = "registry"))]
+        let elsewhere: Option<Vec<PathBuf>> = None;
+        self.background_folders().into_iter().chain(elsewhere.into_iter().flatten()).collect()
     }
 
     fn close(&self) -> Result<()> {
