@@ -1,0 +1,349 @@
+//! Cold reads of a layer in a registry, over what a bare client needs for the same bytes.
+//!
+//!     cargo bench --bench pull [-- MEGABYTES [ROUNDS]]
+//!
+//! The server is this program once more, pinned to one core: it has the blob in memory and answers
+//! ranges. The bare client asks for 1 MiB at a time, on as many connections as we have, compares a
+//! CRC-32C with what it should be and writes a file. Ours is an image of that blob, opened with an
+//! empty cache and read from its first to its last sector.
+
+// A measurement stops at the first thing that is wrong.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "common/mod.rs"]
+mod common;
+
+use common::{image_like, layer_of};
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeValLike;
+use obd_ublk::cache::{BlobDigest, Cache, Settings};
+use obd_ublk::disk::{Disk, Worker};
+use obd_ublk::image::{Layer, Stack};
+use obd_ublk::registry::{Digest, Options, Registry};
+use obd_ublk::source::{RemoteBlob, Source};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::FileExt;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+const MIB: usize = 1 << 20;
+
+/// Connections of the bare client, and of ours for a sequential reader.
+const CONNECTIONS: usize = 8;
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|it| it != "--bench").collect();
+    let number = |at: usize, otherwise: usize| {
+        arguments.get(at).and_then(|text| text.parse().ok()).unwrap_or(otherwise)
+    };
+    if arguments.first().is_some_and(|first| first == "serve") {
+        serve(number(1, 256), number(2, 0), number(3, 0));
+        return;
+    }
+    let megabytes = number(0, 256);
+    let rounds = number(1, 7);
+    println!("{megabytes} MiB, {rounds} alternating rounds, medians; the server has one core");
+    sequential(megabytes, rounds);
+    late_first_bytes(megabytes.min(64), rounds.min(3));
+    limited(megabytes, rounds.min(3));
+    random_misses(megabytes, rounds);
+}
+
+/// The blob: the same bytes in every process.
+fn blob_of(megabytes: usize) -> Arc<[u8]> {
+    layer_of(&image_like(megabytes * MIB, 11)).into()
+}
+
+/// A server in a process of its own.
+struct Server {
+    child: Child,
+    address: String,
+    blob: Arc<[u8]>,
+    digest: String,
+}
+
+impl Server {
+    fn start(megabytes: usize, delay_ms: usize, bytes_per_second: usize) -> Self {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["serve", &megabytes.to_string(), &delay_ms.to_string()])
+            .arg(bytes_per_second.to_string())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut address = String::new();
+        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut address).unwrap();
+        let blob = blob_of(megabytes);
+        let digest = Digest::of(&blob).to_string();
+        Self { child, address: address.trim().to_owned(), blob, digest }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn serve(megabytes: usize, delay_ms: usize, bytes_per_second: usize) {
+    let mut core = nix::sched::CpuSet::new();
+    core.set(0).unwrap();
+    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &core).unwrap();
+    let blob = blob_of(megabytes);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    println!("{}", listener.local_addr().unwrap());
+    let free_at = Arc::new(Mutex::new(Instant::now()));
+    for stream in listener.incoming() {
+        let (blob, free_at) = (Arc::clone(&blob), Arc::clone(&free_at));
+        std::thread::spawn(move || {
+            let pace = |bytes: usize| {
+                if bytes_per_second == 0 {
+                    return;
+                }
+                let time = Duration::from_secs_f64(bytes as f64 / bytes_per_second as f64);
+                let mut free_at = free_at.lock().unwrap();
+                *free_at = (*free_at).max(Instant::now()) + time;
+                let until = *free_at;
+                drop(free_at);
+                std::thread::sleep(until.saturating_duration_since(Instant::now()));
+            };
+            let _ = answer(stream.unwrap(), &blob, Duration::from_millis(delay_ms as u64), pace);
+        });
+    }
+}
+
+/// Answers the requests of one connection.
+fn answer(
+    mut stream: TcpStream,
+    blob: &[u8],
+    delay: Duration,
+    pace: impl Fn(usize),
+) -> std::io::Result<()> {
+    stream.set_nodelay(true)?;
+    let mut reader = BufReader::new(stream.try_clone()?);
+    loop {
+        let mut range = 0..blob.len();
+        loop {
+            let mut line = String::new();
+            if reader.read_line(&mut line)? == 0 {
+                return Ok(());
+            }
+            let line = line.trim().to_ascii_lowercase();
+            if let Some(told) = line.strip_prefix("range: bytes=") {
+                let (first, last) = told.split_once('-').unwrap();
+                range = first.parse().unwrap()..last.parse::<usize>().unwrap() + 1;
+            }
+            if line.is_empty() {
+                break;
+            }
+        }
+        std::thread::sleep(delay);
+        let head = format!(
+            "HTTP/1.1 206 Partial Content\r\nContent-Length: {}\r\n\
+             Content-Range: bytes {}-{}/{}\r\n\r\n",
+            range.len(),
+            range.start,
+            range.end - 1,
+            blob.len()
+        );
+        stream.write_all(head.as_bytes())?;
+        for piece in blob[range].chunks(64 << 10) {
+            pace(piece.len());
+            stream.write_all(piece)?;
+        }
+    }
+}
+
+/// What a bare client takes for ranges of the blob, in order: time and processor time.
+fn bare(server: &Server, connections: usize, ranges: &[std::ops::Range<usize>]) -> Cost {
+    let folder = tempfile::tempdir().unwrap();
+    let file = File::create(folder.path().join("blob")).unwrap();
+    let next = AtomicUsize::new(0);
+    let expected: Vec<u32> =
+        ranges.iter().map(|range| crc32c::crc32c(&server.blob[range.clone()])).collect();
+    Cost::of(|| {
+        std::thread::scope(|scope| {
+            for _ in 0..connections {
+                scope.spawn(|| {
+                    let mut client = Client::new(server);
+                    let mut buffer = vec![0; MIB];
+                    loop {
+                        let at = next.fetch_add(1, Ordering::Relaxed);
+                        let Some(range) = ranges.get(at) else { return };
+                        let buffer = &mut buffer[..range.len()];
+                        client.get(range, buffer);
+                        assert_eq!(crc32c::crc32c(buffer), expected[at]);
+                        file.write_all_at(buffer, range.start as u64).unwrap();
+                    }
+                });
+            }
+        });
+    })
+}
+
+struct Client {
+    stream: TcpStream,
+    reader: BufReader<TcpStream>,
+}
+
+impl Client {
+    fn new(server: &Server) -> Self {
+        let stream = TcpStream::connect(&server.address).unwrap();
+        stream.set_nodelay(true).unwrap();
+        let reader = BufReader::with_capacity(64 << 10, stream.try_clone().unwrap());
+        Self { stream, reader }
+    }
+
+    fn get(&mut self, range: &std::ops::Range<usize>, buffer: &mut [u8]) {
+        let request = format!(
+            "GET /v2/a/blobs/x HTTP/1.1\r\nHost: a\r\nRange: bytes={}-{}\r\n\r\n",
+            range.start,
+            range.end - 1
+        );
+        self.stream.write_all(request.as_bytes()).unwrap();
+        let mut line = String::new();
+        while line != "\r\n" {
+            line.clear();
+            self.reader.read_line(&mut line).unwrap();
+        }
+        self.reader.read_exact(buffer).unwrap();
+    }
+}
+
+/// Time by the clock and of this process's threads.
+#[derive(Clone, Copy)]
+struct Cost {
+    wall: Duration,
+    cpu: Duration,
+}
+
+impl Cost {
+    fn of(work: impl FnOnce()) -> Self {
+        let cpu = || {
+            let usage = getrusage(UsageWho::RUSAGE_SELF).unwrap();
+            let micros =
+                usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
+            Duration::from_micros(micros.try_into().unwrap())
+        };
+        let (begun, before) = (Instant::now(), cpu());
+        work();
+        Self { wall: begun.elapsed(), cpu: cpu() - before }
+    }
+}
+
+/// An image of the server's blob with an empty cache, and what `work` with its blob costs.
+fn ours(server: &Server, work: impl FnOnce(&dyn Fn(u64, &mut [u8]), u64)) -> Cost {
+    let folder = tempfile::tempdir().unwrap();
+    let settings = Settings { folder: folder.path().join("cache"), ..Settings::default() };
+    Cost::of(|| {
+        let cache = Cache::open(settings).unwrap();
+        let registry = Registry::new(Options::default()).unwrap();
+        let place = format!("http://{}/v2/a/blobs", server.address);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let bytes = server.blob.len() as u64;
+        let blob = registry.blob(&place, &server.digest, Some(bytes), deadline).unwrap();
+        let digest = BlobDigest::parse(&server.digest).unwrap();
+        let blob = Arc::new(cache.blob(&digest, Arc::new(blob)).unwrap());
+        let source = Source::Remote(Arc::clone(&blob) as Arc<dyn RemoteBlob>);
+        let layer = Layer::open_sealed("layer".to_owned(), source).unwrap();
+        let image = Stack::from_layers(vec![layer]).unwrap().into_image().unwrap();
+        let worker = std::cell::RefCell::new(image.worker().unwrap());
+        let read =
+            |sector: u64, buffer: &mut [u8]| worker.borrow_mut().read(sector, buffer).unwrap();
+        work(&read, image.virtual_bytes());
+    })
+}
+
+fn read_all(read: &dyn Fn(u64, &mut [u8]), bytes: u64) {
+    let mut buffer = vec![0; MIB];
+    for start in (0..bytes).step_by(MIB) {
+        read(start / 512, &mut buffer);
+    }
+}
+
+fn whole(blob: &[u8]) -> Vec<std::ops::Range<usize>> {
+    (0..blob.len()).step_by(MIB).map(|start| start..(start + MIB).min(blob.len())).collect()
+}
+
+fn median(mut numbers: Vec<f64>) -> (f64, f64, f64) {
+    numbers.sort_by(f64::total_cmp);
+    (numbers[numbers.len() / 2], numbers[0], numbers[numbers.len() - 1])
+}
+
+/// Prints the rates of both and the median of the paired ratios.
+fn report(name: &str, goal: &str, pairs: &[(f64, f64)], unit: &str) {
+    let (first, ..) = median(pairs.iter().map(|pair| pair.0).collect());
+    let (second, ..) = median(pairs.iter().map(|pair| pair.1).collect());
+    let (ratio, low, high) = median(pairs.iter().map(|pair| pair.0 / pair.1).collect());
+    println!(
+        "{name:<44} ours {first:>8.1} {unit:<6} bare {second:>8.1} {unit:<6} ratio {ratio:.2} \
+         ({low:.2}..{high:.2})  goal {goal}"
+    );
+}
+
+fn sequential(megabytes: usize, rounds: usize) {
+    let server = Server::start(megabytes, 0, 0);
+    let ranges = whole(&server.blob);
+    let mib = server.blob.len() as f64 / MIB as f64;
+    let mut pairs = Vec::new();
+    for _ in 0..rounds {
+        let other = bare(&server, CONNECTIONS, &ranges);
+        let own = ours(&server, read_all);
+        pairs.push((mib / own.wall.as_secs_f64(), mib / other.wall.as_secs_f64()));
+    }
+    report("cold sequential", ">= 0.85", &pairs, "MiB/s");
+}
+
+fn late_first_bytes(megabytes: usize, rounds: usize) {
+    let server = Server::start(megabytes, 100, 0);
+    let ranges = whole(&server.blob);
+    let mib = server.blob.len() as f64 / MIB as f64;
+    let mut pairs = Vec::new();
+    for _ in 0..rounds {
+        let other = bare(&server, 1, &ranges);
+        let own = ours(&server, read_all);
+        pairs.push((mib / own.wall.as_secs_f64(), mib / other.wall.as_secs_f64()));
+    }
+    report("100 ms to the first byte, over one stream", ">= 8", &pairs, "MiB/s");
+}
+
+fn limited(megabytes: usize, rounds: usize) {
+    let server = Server::start(megabytes, 0, 100_000_000);
+    let ranges = whole(&server.blob);
+    let mut pairs = Vec::new();
+    for _ in 0..rounds {
+        let other = bare(&server, CONNECTIONS, &ranges);
+        let own = ours(&server, read_all);
+        pairs.push((own.wall.as_secs_f64(), other.wall.as_secs_f64()));
+    }
+    report("full read at 100 MB/s, time", "<= 1.05", &pairs, "s");
+}
+
+/// Reads of 4 KiB, each of which misses two extents of 128 KiB: 256 KiB as one request.
+fn random_misses(megabytes: usize, rounds: usize) {
+    const MISSES: usize = 400;
+    const MISS: usize = 256 << 10;
+    let server = Server::start(megabytes, 0, 0);
+    // Every second 256 KiB, in an order that is nobody's stream.
+    let count = server.blob.len() / MISS / 2;
+    let places: Vec<usize> = (0..MISSES.min(count)).map(|n| n * 7919 % count * 2 * MISS).collect();
+    let ranges: Vec<_> = places.iter().map(|place| *place..place + MISS).collect();
+    let mut pairs = Vec::new();
+    for _ in 0..rounds {
+        let other = bare(&server, 1, &ranges);
+        let own = ours(&server, |read, _| {
+            let mut buffer = vec![0; MISS - 8192];
+            for place in &places {
+                // The disk's first byte is the blob's 4097th: inside these two extents.
+                read(*place as u64 / 512, &mut buffer);
+            }
+        });
+        let each = |cost: Cost| cost.cpu.as_secs_f64() * 1e6 / places.len() as f64;
+        pairs.push((each(own), each(other)));
+    }
+    report("processor time of a cold miss of 256 KiB", "<= 2.2", &pairs, "us");
+}
