@@ -421,6 +421,14 @@ mod absent {
             Err(absent())
         }
 
+        fn check_resize(&self) -> Result<()> {
+            Err(absent())
+        }
+
+        fn resize(&self, _id: u32, _sectors: u64) -> Result<()> {
+            Err(absent())
+        }
+
         fn hold(&self, _id: u32) -> Result<File> {
             Err(absent())
         }
