@@ -34,6 +34,9 @@ pub use options::{CODECS, CONSISTENCY, MakeOptions, Watch, ZeroDetection};
 pub use output_file::OutputFile;
 pub use sink::Sink;
 
+// For callers that choose a codec and have nothing else to do with formats.
+pub use crate::format::zfile::{Algorithm, WriteOptions as ZfileOptions};
+
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::image::{Layer, Payload};
 use crate::source::{Source, is_same_file};
