@@ -7,7 +7,8 @@
 #
 # Reads go to a raw and an LZ4 layer of ours and to the peer on the raw bytes. Writes go to a new
 # upper without layers (append pair) and to the peer on a file of the same size whose blocks are all
-# allocated. Nothing is flushed but where a case says so; both sides write to the page cache.
+# allocated. Nothing is flushed but where a case says so; both sides write to the page cache, which
+# is empty at the start of what is measured.
 #
 # Both sides have the same number of queues, the same depth (128), request size (512 KiB) and
 # backing: files on one ext4 disk, read through the page cache, which holds all of them before each
@@ -128,6 +129,8 @@ measure() {
     local name=$1 cpu_before enters_before cpu enters iops ios calls
     shift
     run_fio "$half" "$@" >/dev/null
+    # A file that is written need not be in the page cache, on either side.
+    [ "$mode" = read ] || { sync && echo 3 >/proc/sys/vm/drop_caches; }
     cpu_before=$(cpu_ticks) enters_before=$(own_enters)
     read -r iops ios < <(run_fio "$seconds" "$@")
     cpu=$(($(cpu_ticks) - cpu_before)) enters=$(($(own_enters) - enters_before))
