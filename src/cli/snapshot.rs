@@ -1,7 +1,7 @@
 //! `snapshot`: what was written to a device becomes a layer.
 
 use super::args::{DeviceName, trusted_run_dir};
-use super::behind;
+use super::behind::Promise;
 use super::freeze::Frozen;
 use super::making::ZfileArgs;
 use super::{host, output};
@@ -65,10 +65,6 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     args.zfile
         .options()
         .and_then(|zfile| MakeOptions { zfile: Some(zfile), ..MakeOptions::default() }.check())?;
-    if let Some(file) = commit.as_deref().filter(|file| file.exists()) {
-        let message = format!("{} is there already", file.display());
-        return Err(Error::new(ErrorKind::Usage, message));
-    }
     let run = trusted_run_dir()?;
     let id = DeviceName::parse(&args.device).resolve(&run)?;
     let order = SnapshotOrder {
@@ -77,14 +73,16 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         config: real(&args.config_out)?,
     };
     let (config, layer) = (order.config.clone(), order.layer.clone());
+    let mut promise = commit.map(|file| Promise::make(file, &order)).transpose()?;
     let frozen = if args.freeze { Some(freeze(id)?) } else { None };
     let report = server::snapshot(&run, id, order);
     // Thawed whatever came of it.
     let was_frozen = frozen.map_or(Ok(()), Frozen::thaw);
     let report = report?;
     was_frozen.context(|| "the snapshot was taken, but not of a frozen file system".to_owned())?;
-    if let Some(file) = &commit {
-        behind::begin(&layer, file, &args.zfile)
+    if let Some(promise) = &mut promise {
+        promise
+            .begin(&layer, &args.zfile)
             .context(|| "the snapshot was taken, but its layer is not compressed".to_owned())?;
     }
     let layer = args.out.display().to_string();
@@ -94,7 +92,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             "layer_bytes": report.layer_bytes,
             "config": config.display().to_string(),
             "pause_ms": report.pause_ms,
-            "commit": commit.map(|file| file.display().to_string()),
+            "commit": promise.map(|promise| promise.output().display().to_string()),
         });
         return output::print_facts(facts, true);
     }

@@ -78,8 +78,18 @@ pub fn write_layer(
     watch: &Watch<'_>,
 ) -> Result<Made> {
     content.check_output(output)?;
-    to_file(output, |file, folder| {
-        let job = Job { options, watch, folder, name: &output.display().to_string() };
+    write_layer_as(content, identity, options, OutputFile::create(output)?, watch)
+}
+
+fn write_layer_as(
+    content: &Content,
+    identity: &Identity,
+    options: &MakeOptions,
+    output: OutputFile,
+    watch: &Watch<'_>,
+) -> Result<Made> {
+    to_file(output, |file, folder, name| {
+        let job = Job { options, watch, folder, name };
         job.write_layer(content, identity, file)
     })
 }
@@ -115,15 +125,15 @@ pub fn compress_file(
     if let Source::Mapped(mapped) = payload.source() {
         refuse_same(mapped.path(), output)?;
     }
-    to_file(output, |file, folder| {
-        let job = Job { options, watch, folder, name: &output.display().to_string() };
+    to_file(OutputFile::create(output)?, |file, folder, name| {
+        let job = Job { options, watch, folder, name };
         job.compress(payload, file)
     })
 }
 
-/// The sealed layer at `input` once more, as `options` say, under `output`: what a snapshot does
-/// with a layer that it sealed, in the background. UUIDs, virtual size and tag stay. Set `canceled`
-/// to end it early; it looks after each piece of 256 KiB.
+/// The sealed layer at `input` once more, as `options` say, under `output`, where nothing may be:
+/// what a snapshot does with a layer that it sealed, in the background. UUIDs, virtual size and tag
+/// stay. Set `canceled` to end it early; it looks after each piece of 256 KiB.
 ///
 /// # Errors
 /// As [`write_layer`].
@@ -138,19 +148,22 @@ pub fn recompress_layer(
         .context(|| format!("open {}", input.display()))?;
     let content = Content::of_layer(layer)?;
     let done = AtomicU64::new(0);
-    write_layer(&content, content.identity(), options, output, &Watch { done: &done, canceled })
+    let watch = Watch { done: &done, canceled };
+    content.check_output(output)?;
+    let output = OutputFile::create_new(output)?;
+    write_layer_as(&content, content.identity(), options, output, &watch)
 }
 
 fn to_file(
-    output: &Path,
-    write: impl FnOnce(&std::fs::File, &Path) -> Result<Made>,
+    file: OutputFile,
+    write: impl FnOnce(&std::fs::File, &Path, &str) -> Result<Made>,
 ) -> Result<Made> {
-    let file = OutputFile::create(output)?;
+    let name = file.target().display().to_string();
     if file.is_stream() {
-        let message = format!("{}: a layer is not written from front to back", output.display());
+        let message = format!("{name}: a layer is not written from front to back");
         return Err(Error::new(ErrorKind::Unsupported, message));
     }
-    let made = write(file.file(), output_file::folder_of(output))?;
+    let made = write(file.file(), output_file::folder_of(file.target()), &name)?;
     file.commit()?;
     Ok(made)
 }

@@ -25,6 +25,8 @@ const NAME_TRIES_MAX: u32 = 100;
 pub struct OutputFile {
     target: PathBuf,
     kind: Kind,
+    /// Whether it takes the place of a file that is there.
+    replaces: bool,
 }
 
 #[derive(Debug)]
@@ -44,6 +46,25 @@ impl OutputFile {
         Self::create_as(target, Unnamed::create)
     }
 
+    /// As [`OutputFile::create`], but what is there, now or at the end, is never replaced.
+    ///
+    /// # Errors
+    /// As there, and when something is there.
+    pub fn create_new(target: &Path) -> Result<Self> {
+        Self::create_new_as(target, Unnamed::create)
+    }
+
+    fn create_new_as(
+        target: &Path,
+        unnamed: impl FnOnce(&Path, &OsStr) -> Option<Unnamed>,
+    ) -> Result<Self> {
+        if target.symlink_metadata().is_ok() {
+            let taken = Errno::EEXIST.into();
+            return Err(Error::io(format!("write {}", target.display()), &taken));
+        }
+        Ok(Self { replaces: false, ..Self::create_as(target, unnamed)? })
+    }
+
     fn create_as(
         target: &Path,
         unnamed: impl FnOnce(&Path, &OsStr) -> Option<Unnamed>,
@@ -59,12 +80,20 @@ impl OutputFile {
         };
         if is_special {
             let file = File::options().write(true).open(target).map_err(|error| failed(&error))?;
-            return Ok(Self { target: target.to_owned(), kind: Kind::InPlace(file) });
+            return Ok(Self {
+                target: target.to_owned(),
+                kind: Kind::InPlace(file),
+                replaces: true,
+            });
         }
         let folder = folder_of(target);
         let name = target.file_name().ok_or_else(|| failed(&Errno::EISDIR.into()))?;
         if let Some(file) = unnamed(folder, name) {
-            return Ok(Self { target: target.to_owned(), kind: Kind::Unnamed(file) });
+            return Ok(Self {
+                target: target.to_owned(),
+                kind: Kind::Unnamed(file),
+                replaces: true,
+            });
         }
         let hidden = tempfile::Builder::new()
             .prefix(".obd-ublk-")
@@ -73,7 +102,13 @@ impl OutputFile {
             .permissions(std::fs::Permissions::from_mode(0o666))
             .tempfile_in(folder)
             .map_err(|error| failed(&error))?;
-        Ok(Self { target: target.to_owned(), kind: Kind::Hidden(hidden) })
+        Ok(Self { target: target.to_owned(), kind: Kind::Hidden(hidden), replaces: true })
+    }
+
+    /// The name that it will have.
+    #[must_use]
+    pub fn target(&self) -> &Path {
+        &self.target
     }
 
     /// The open file.
@@ -106,10 +141,15 @@ impl OutputFile {
         let target = self.target.display().to_string();
         let failed = |error: &IoError| Error::io(format!("write {target}"), error);
         match self.kind {
-            Kind::Unnamed(unnamed) => unnamed.commit().map_err(|error| failed(&error)),
+            Kind::Unnamed(unnamed) => unnamed.commit(self.replaces).map_err(|error| failed(&error)),
             Kind::Hidden(hidden) => {
                 hidden.as_file().sync_all().map_err(|error| failed(&error))?;
-                hidden.persist(&self.target).map_err(|error| failed(&error.error))?;
+                let named = if self.replaces {
+                    hidden.persist(&self.target)
+                } else {
+                    hidden.persist_noclobber(&self.target)
+                };
+                named.map_err(|error| failed(&error.error))?;
                 sync_folder(folder_of(&self.target)).map_err(|error| failed(&error))
             }
             // A pipe cannot be synced; a device should be.
@@ -162,10 +202,10 @@ impl Unnamed {
         PathBuf::from(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
     }
 
-    fn commit(self) -> Result<(), IoError> {
+    fn commit(self, replaces: bool) -> Result<(), IoError> {
         self.file.sync_all()?;
         match self.link(&self.name) {
-            Err(Errno::EEXIST) => self.replace()?,
+            Err(Errno::EEXIST) if replaces => self.replace()?,
             other => other?,
         }
         sync_folder(Path::new(&format!("/proc/self/fd/{}", self.folder.as_raw_fd())))
@@ -278,6 +318,30 @@ mod tests {
         let mut left = names(folder.path());
         left.sort();
         assert_eq!(left, [OsString::from(taken), "other".into(), "out".into()]);
+    }
+
+    #[test]
+    fn a_new_file_takes_the_place_of_nothing_however_late_that_comes() {
+        let folder = tempfile::tempdir().unwrap();
+        let (target, other) = (folder.path().join("out"), folder.path().join("other"));
+        std::fs::write(&other, "precious").unwrap();
+        let both: [fn(&Path) -> Result<OutputFile>; 2] =
+            [OutputFile::create_new, |target| OutputFile::create_new_as(target, |_, _| None)];
+        for create in both {
+            let error = create(&other).map(drop).unwrap_err();
+            assert_eq!(error.errno(), libc::EEXIST, "{error}");
+            let output = create(&target).unwrap();
+            output.file().write_all(b"new").unwrap();
+            output.commit().unwrap();
+            assert_eq!(std::fs::read(&target).unwrap(), b"new");
+            std::fs::remove_file(&target).unwrap();
+            let output = create(&target).unwrap();
+            std::os::unix::fs::symlink(&other, &target).unwrap();
+            assert_eq!(output.commit().unwrap_err().errno(), libc::EEXIST);
+            assert_eq!(std::fs::read(&other).unwrap(), b"precious");
+            std::fs::remove_file(&target).unwrap();
+            assert_eq!(names(folder.path()), ["other"]);
+        }
     }
 
     #[test]

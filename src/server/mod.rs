@@ -151,7 +151,10 @@ const NICENESS: i32 = 10;
 /// As the operating system says.
 pub fn leave_caller() -> Result<()> {
     isolate::close_inherited_files()?;
+    // The files that it makes are the caller's.
+    let mask = nix::sys::stat::umask(nix::sys::stat::Mode::empty());
     isolate::leave_session()?;
+    nix::sys::stat::umask(mask);
     isolate::leave_cgroup(isolate::Inmate::Supervisor);
     if let Err(error) = rustix::process::nice(NICENESS) {
         tracing::debug!(%error, "does not give way to others");
