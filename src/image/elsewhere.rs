@@ -71,10 +71,20 @@ pub fn cache_settings(service: &ServiceConfig) -> Settings {
     Settings { folder: cache_folder(), quota_bytes, deadline, ..defaults }
 }
 
-/// Folders that reading a layer from a registry goes on to need.
+/// What finding the addresses of hosts goes on to need. In a container each of these may be a mount
+/// of its own; a link may lead elsewhere.
+const RESOLVER_FILES: [&str; 3] = ["/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf"];
+
+/// Where overlaybd keeps credentials if nothing else is said.
+const CREDENTIALS_DEFAULT: &str = "/opt/overlaybd/cred.json";
+
+/// Folders and files that reading a layer from a registry goes on to need.
 #[must_use]
 pub fn folders() -> Vec<PathBuf> {
-    std::iter::once(cache_folder()).chain(docker_folder()).collect()
+    let named = RESOLVER_FILES.into_iter().chain([CREDENTIALS_DEFAULT]).map(PathBuf::from);
+    let real = |path: PathBuf| [std::fs::canonicalize(&path).ok(), Some(path)];
+    let all = [cache_folder()].into_iter().chain(docker_folder()).chain(named);
+    all.flat_map(real).flatten().collect()
 }
 
 fn cache_folder() -> PathBuf {

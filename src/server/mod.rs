@@ -24,6 +24,7 @@ mod client;
 mod config_view;
 mod control;
 mod create;
+mod environment;
 #[cfg(test)]
 mod fake;
 mod isolate;

@@ -13,6 +13,7 @@
 
 use super::config_view::ConfigView;
 use super::control::{ControlSocket, Event};
+use super::environment;
 use super::kernel::{Kernel, Served, Watch, Wish};
 use super::portable::{Kept, Portable};
 use super::process::{Process, boot_id};
@@ -308,6 +309,7 @@ impl<K: Kernel, H: Housing> Server<'_, K, H> {
             ephemeral: self.order.upper.as_ref().is_some_and(|upper| upper.ephemeral),
             quota_bytes: self.order.quota_bytes,
             io_deadline_s: self.order.io_deadline_s,
+            environment: environment::of_this_process(),
         }
     }
 

@@ -12,6 +12,7 @@ use crate::source::FileIdentity;
 use crate::units::{to_u64, to_usize};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -122,6 +123,9 @@ pub struct State {
     /// How long a read of a layer in a registry may take, in seconds, if not the default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub io_deadline_s: Option<u64>,
+    /// What successors need of the environment that the device was attached in.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub environment: BTreeMap<String, String>,
 }
 
 /// What identifies the file of a layer.
@@ -315,6 +319,7 @@ pub(super) fn sample(id: u32) -> State {
         unsettled: None,
         quota_bytes: None,
         io_deadline_s: None,
+        environment: BTreeMap::new(),
         recovery_count: 0,
         last_recovery: None,
     }

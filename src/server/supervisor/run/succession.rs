@@ -1,6 +1,7 @@
 //! Starting the process that takes a device over.
 
 use super::*;
+use crate::server::environment;
 use crate::server::supervisor::store::SYSTEMD_VARIABLES;
 
 impl Supervisor {
@@ -27,7 +28,10 @@ impl Supervisor {
         ours.set_patience(Some(SEND_PATIENCE))?;
         let theirs = theirs.into_file();
         let program = program_of(ward, aim);
+        let state = self.run.state(id).ok().flatten();
+        let environment = state.map(|state| state.environment).unwrap_or_default();
         let give = |mut command: Command| -> std::io::Result<Child> {
+            environment::give(&mut command, &environment);
             for variable in SYSTEMD_VARIABLES {
                 command.env_remove(variable);
             }
