@@ -81,7 +81,24 @@ pub(super) fn let_go_of_stdout() -> Result<()> {
 /// # Errors
 /// Without CAP_SYS_ADMIN, and what else the operating system says.
 pub(super) fn own_mounts() -> Result<()> {
-    std::env::set_current_dir("/").map_err(|error| Error::io("go to /", &error))?;
+    leave_folder()?;
+    own_mounts_in_folder()
+}
+
+/// Goes to `/`: a folder that a process is in cannot be unmounted.
+///
+/// # Errors
+/// What the operating system says.
+pub(super) fn leave_folder() -> Result<()> {
+    std::env::set_current_dir("/").map_err(|error| Error::io("go to /", &error))
+}
+
+/// As [`own_mounts`], but the working folder stays: for who starts threads before its paths are
+/// read. Followed by [`leave_folder`].
+///
+/// # Errors
+/// As there.
+pub(super) fn own_mounts_in_folder() -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)
         .map_err(told("make a mount namespace (needs CAP_SYS_ADMIN)"))?;
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;

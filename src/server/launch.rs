@@ -19,7 +19,7 @@ use super::survey::Manner;
 use super::systemd::{self, Owner, wait};
 use super::{signals, survey, wire};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::parse_image_config;
+use crate::image::{is_reference, parse_image_config};
 use crate::limits::{
     ATTACH_SECONDS_MAX, DETACH_SECONDS_DEFAULT, LAST_WORDS_BYTES_MAX, READY_LINE_BYTES_MAX,
 };
@@ -101,11 +101,12 @@ pub fn serve_foreground(
     announce: impl Fn(&Attached) -> Result<()>,
 ) -> Result<()> {
     signals::block()?;
+    let has_own_mounts = own_mounts_early(options)?;
     let (prepared, order) = prepare(options)?;
     // Whoever keeps it in the foreground is its supervisor.
     let order = Order { supervised: false, ..order };
     let (sender, inbox) = channel();
-    let housing = Foreground { events: sender.clone(), announce };
+    let housing = Foreground { events: sender.clone(), announce, has_own_mounts };
     serve(prepared, &order, &Mailbox { sender, inbox }, &housing)
 }
 
@@ -128,10 +129,25 @@ pub fn serve_started(options: &AttachOptions) -> Result<()> {
 fn serve_isolated(options: &AttachOptions, announced: &Cell<bool>) -> Result<()> {
     signals::block()?;
     isolate::leave_session()?;
+    let has_own_mounts = own_mounts_early(options)?;
     let (prepared, order) = prepare(options)?;
     let (sender, inbox) = channel();
-    let housing = Started { events: sender.clone(), announced };
+    let housing = Started { events: sender.clone(), announced, has_own_mounts };
     serve(prepared, &order, &Mailbox { sender, inbox }, &housing)
+}
+
+/// To find what a reference names takes threads, which would stay in the caller's mounts; a config
+/// is read without. Whether that was done.
+fn own_mounts_early(options: &AttachOptions) -> Result<bool> {
+    let is_early = is_reference(&options.order.config);
+    if is_early {
+        isolate::own_mounts_in_folder()?;
+    }
+    Ok(is_early)
+}
+
+fn move_to_own_mounts(has_own_mounts: bool) -> Result<()> {
+    if has_own_mounts { isolate::leave_folder() } else { isolate::own_mounts() }
 }
 
 fn serve<H: Housing>(
@@ -188,6 +204,7 @@ fn tell(readiness: &Readiness) -> Result<()> {
 struct Started<'a> {
     events: Sender<Event>,
     announced: &'a Cell<bool>,
+    has_own_mounts: bool,
 }
 
 impl Housing for Started<'_> {
@@ -201,7 +218,7 @@ impl Housing for Started<'_> {
         isolate::leave_cgroup(isolate::Inmate::Server);
         isolate::protect_from_oom(isolate::SERVER_OOM_SCORE);
         isolate::raise_file_limit();
-        isolate::own_mounts()?;
+        move_to_own_mounts(self.has_own_mounts)?;
         signals::forward(self.events.clone())
     }
 
@@ -220,6 +237,7 @@ impl Housing for Started<'_> {
 struct Foreground<F> {
     events: Sender<Event>,
     announce: F,
+    has_own_mounts: bool,
 }
 
 impl<F: Fn(&Attached) -> Result<()>> Housing for Foreground<F> {
@@ -229,7 +247,7 @@ impl<F: Fn(&Attached) -> Result<()>> Housing for Foreground<F> {
 
     fn move_in(&self) -> Result<()> {
         isolate::raise_file_limit();
-        isolate::own_mounts()?;
+        move_to_own_mounts(self.has_own_mounts)?;
         signals::forward(self.events.clone())
     }
 
