@@ -4,7 +4,7 @@ use super::making::{ZfileArgs, tell};
 use super::output::{print_facts, with_progress};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::image::{Payload, Scratch};
-use crate::make::{MakeOptions, OutputFile, Watch, ZeroDetection, compress_file};
+use crate::make::{MakeOptions, OutputFile, Watch, ZeroDetection, compress_file, refuse_same};
 use crate::source::Source;
 use crate::units::{to_u64, to_usize};
 use clap::Parser;
@@ -94,6 +94,7 @@ fn compress(args: &Args, payload: &Payload) -> Result<()> {
 }
 
 fn extract(input: &Path, payload: &Payload, target: &Path) -> Result<()> {
+    refuse_same(input, target)?;
     let output = OutputFile::create(target)?;
     let failed = |error: &std::io::Error| Error::io(format!("write {}", target.display()), error);
     decode(input, payload, |part| output.file().write_all(part).map_err(|error| failed(&error)))?;

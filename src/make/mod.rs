@@ -169,7 +169,10 @@ fn to_file(
 }
 
 /// Refuses to put the output in the place of an input.
-fn refuse_same(input: &Path, output: &Path) -> Result<()> {
+///
+/// # Errors
+/// `InvalidConfig`.
+pub(crate) fn refuse_same(input: &Path, output: &Path) -> Result<()> {
     if !is_same_file(input, output) {
         return Ok(());
     }

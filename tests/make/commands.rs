@@ -416,6 +416,25 @@ fn a_full_device_and_an_input_as_output_are_told() {
     assert_eq!(names(folder.path()), ["layer", "link"]);
 }
 
+/// An extraction once wrote its output over the zfile that it was reading.
+#[test]
+fn a_zfile_is_not_extracted_over_itself() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    std::fs::write(here.join("plain"), vec![5; 9000]).unwrap();
+    ok(here, &["zfile", "plain", "z"]);
+    std::os::unix::fs::symlink("z", here.join("link")).unwrap();
+    let before = sha256_of_file(&here.join("z"));
+    for (input, output) in [("z", "z"), ("z", "./z"), ("z", "link"), ("link", "z")] {
+        let said = refused(here, 2, &["zfile", "-x", input, output]);
+        assert!(said.contains("must not be written"), "{said}");
+    }
+    let words = ["overlaybd-zfile", "-f", "-x", "z", "link"];
+    assert_eq!(tool(here, &words).status.code(), Some(1));
+    assert_eq!(sha256_of_file(&here.join("z")), before);
+    assert!(here.join("link").is_symlink());
+}
+
 /// This program under the name of one of the reference's tools.
 fn tool(folder: &Path, words: &[&str]) -> Output {
     let name = folder.join(words[0]);
