@@ -1,6 +1,7 @@
 //! Arguments that several commands share.
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::config::ImageConfig;
 use crate::image::load_image_config;
 use crate::limits::IO_DEADLINE_SECONDS_MAX;
 use crate::server::{RunDir, devices_of_config, parse_id};
@@ -69,7 +70,15 @@ impl PairArgs {
 /// # Errors
 /// `InvalidConfig` when it names none; what is wrong with the config.
 pub(crate) fn pair_of_config(path: &Path) -> Result<PairPaths> {
-    let Some(upper) = load_image_config(path, None)?.upper else {
+    pair_in_config(path, &load_image_config(path, None)?)
+}
+
+/// As [`pair_of_config`], with the config that was read from `path`.
+///
+/// # Errors
+/// `InvalidConfig` when it names none.
+pub(crate) fn pair_in_config(path: &Path, config: &ImageConfig) -> Result<PairPaths> {
+    let Some(upper) = &config.upper else {
         let message = format!("{} names no upper with a data and an index file", path.display());
         return Err(Error::new(ErrorKind::InvalidConfig, message));
     };

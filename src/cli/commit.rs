@@ -1,11 +1,11 @@
 //! `commit`: what was written to an upper, as a layer.
 
-use super::args::pair_of_config;
+use super::args::{pair_in_config, pair_of_config};
 use super::making::{LayerArgs, make};
 use super::output;
 use super::table::format_bytes;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::image::Layer;
+use crate::image::{Layer, check_output, load_image_config};
 use crate::make::Content;
 use crate::source::Source;
 use crate::upper::{self, PairPaths};
@@ -54,9 +54,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     let (content, output) = match args.files.as_slice() {
         [layer, output] if args.commit_sealed => (sealed(layer)?, output),
-        [config, output] if !args.commit_sealed => {
-            (Content::of_pair(&pair_of_config(config)?)?.with_input(config), output)
-        }
+        [config, output] if !args.commit_sealed => (upper_of(config, output)?, output),
         [data, index, output] if !args.commit_sealed => {
             let paths = PairPaths { data: data.clone(), index: index.clone() };
             (Content::of_pair(&paths)?, output)
@@ -65,6 +63,15 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         _ => return Err(usage("CONFIG OUT or DATA INDEX OUT")),
     };
     make(&content, &args.layer, args.compress, output, args.json)
+}
+
+/// The content of the upper that the config at `path` names, for an output that must not be any
+/// part of that image, its lowers included.
+fn upper_of(path: &Path, output: &Path) -> Result<Content> {
+    let config = load_image_config(path, None)?;
+    let pair = pair_in_config(path, &config)?;
+    check_output(path, &config, output)?;
+    Content::of_pair(&pair)
 }
 
 fn usage(expected: &str) -> Error {

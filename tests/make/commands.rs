@@ -145,6 +145,33 @@ fn an_upper_that_is_written_is_not_committed() {
     ok(folder.path(), &["commit", "data", "index", "layer"]);
 }
 
+/// A commit once looked at the upper's files only, and took the place of a layer below it.
+#[test]
+fn an_upper_is_not_committed_over_a_layer_of_its_image() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    let disk = random_disk(2048, &mut Random(9));
+    std::fs::create_dir(here.join("dir")).unwrap();
+    for lower in ["lower", "dir/overlaybd.commit"] {
+        std::fs::write(here.join(lower), layer_of(&disk, false)).unwrap();
+    }
+    std::os::unix::fs::symlink("lower", here.join("link")).unwrap();
+    ok(here, &["create", "data", "index", "1M"]);
+    let config = json!({
+        "lowers": [{"file": here.join("lower")}, {"dir": here.join("dir")}],
+        "upper": {"data": here.join("data"), "index": here.join("index")},
+    });
+    std::fs::write(here.join("config.json"), config.to_string()).unwrap();
+    let before = ["lower", "dir/overlaybd.commit"].map(|file| sha256_of_file(&here.join(file)));
+    for output in ["lower", "./lower", "link", "dir/overlaybd.commit", "data", "config.json"] {
+        let said = refused(here, 2, &["commit", "-z", "config.json", output]);
+        assert!(said.contains("must not be written"), "{output}: {said}");
+    }
+    let after = ["lower", "dir/overlaybd.commit"].map(|file| sha256_of_file(&here.join(file)));
+    assert_eq!(before, after);
+    ok(here, &["commit", "-z", "config.json", "layer"]);
+}
+
 #[test]
 fn a_sealed_upper_is_a_layer_and_is_committed_as_one() {
     let folder = tempfile::tempdir().unwrap();
