@@ -2,13 +2,13 @@
 
 use super::making::{LayerArgs, make};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Stack, check_output, load_image_config, load_service_config};
+use crate::image::{check_output, load_image_config, load_service_config};
 use crate::make::Content;
 use std::path::PathBuf;
 
 /// Write all layers of an image, its upper included, as one layer
 ///
-/// The layers are only read. The new one holds what is seen through them and needs nothing below.
+/// Not while its upper is attached. The layers are only read. The new one holds what is seen through them and needs nothing below.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// The image's config.v1.json, or the file of one layer
@@ -43,6 +43,6 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let service = load_service_config(args.service_config.as_deref())?;
     let config = load_image_config(&args.config, args.service_config.as_deref())?;
     check_output(&args.config, &config, &args.output)?;
-    let content = Content::of_stack(Stack::open(&config, &service)?)?;
+    let content = Content::of_image(&config, &service)?;
     make(&content, &args.layer, !args.raw, &args.output, args.json)
 }

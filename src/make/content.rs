@@ -2,13 +2,14 @@
 
 use super::zeros::{self, Stretch};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::format::config::{ImageConfig, ServiceConfig};
 use crate::format::lsmt::{SegmentMapping, USER_TAG_BYTES, UuidText};
 use crate::image::{Layer, Payload, Scratch, Stack};
 use crate::limits::MAKE_PIECE_BYTES;
 use crate::map::{Run, Target};
 use crate::source::{Source, open_regular};
 use crate::units::{SECTOR_SIZE, to_u64, to_usize, whole_sectors};
-use crate::upper::PairPaths;
+use crate::upper::{PairPaths, is_sealed_sparse};
 use std::fs::{File, TryLockError};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -71,22 +72,29 @@ impl Content {
     /// # Errors
     /// `Busy` while somebody writes it; as [`Layer::open_writable`].
     pub fn of_pair(paths: &PairPaths) -> Result<Self> {
-        let file = open_regular(&paths.data)?;
-        let name = paths.data.display();
-        match file.try_lock_shared() {
-            Ok(()) => {}
-            Err(TryLockError::Error(error)) => {
-                return Err(Error::io(format!("lock {name}"), &error));
-            }
-            Err(TryLockError::WouldBlock) => {
-                let message = format!("{name} is being written by another process");
-                return Err(Error::new(ErrorKind::Busy, message));
-            }
-        }
+        let file = hold_still(&paths.data)?;
         let layer = Layer::open_writable(&paths.data, &paths.index)
-            .context(|| format!("open the pair of {name}"))?;
+            .context(|| format!("open the pair of {}", paths.data.display()))?;
+        check_not_sealed(&paths.data, &file)?;
         let this = Self { _still: Some(file), ..Self::of_layer(layer)? };
         Ok(this.with_input(&paths.data).with_input(&paths.index))
+    }
+
+    /// All layers of an image as one, its upper included, as [`Content::of_stack`]. Nobody can open
+    /// the upper for writing until this is gone.
+    ///
+    /// # Errors
+    /// `Busy` while somebody writes the upper; as [`Stack::open`] and [`Stack::runs`].
+    pub fn of_image(config: &ImageConfig, service: &ServiceConfig) -> Result<Self> {
+        let Some(upper) = &config.upper else {
+            return Self::of_stack(Stack::open(config, service)?);
+        };
+        let data = Path::new(&upper.data);
+        // Before the stack is opened: what was seen of the upper until then may be gone.
+        let file = hold_still(data)?;
+        let stack = Stack::open(config, service)?;
+        check_not_sealed(data, &file)?;
+        Ok(Self { _still: Some(file), ..Self::of_stack(stack)? })
     }
 
     /// One layer, without what is below it.
@@ -133,9 +141,8 @@ impl Content {
         Ok(Self { payloads, runs, identity, inputs, _still: None })
     }
 
-    /// The same with one more file that no output may replace: the config that told of it.
-    #[must_use]
-    pub fn with_input(mut self, path: &Path) -> Self {
+    /// The same with one more file that no output may replace.
+    fn with_input(mut self, path: &Path) -> Self {
         self.inputs.push(path.to_owned());
         self
     }
@@ -162,6 +169,31 @@ impl Content {
     pub fn check_output(&self, output: &Path) -> Result<()> {
         self.inputs.iter().try_for_each(|input| super::refuse_same(input, output))
     }
+}
+
+/// The data file of a pair, locked so that nobody opens the pair for writing.
+fn hold_still(data: &Path) -> Result<File> {
+    let file = open_regular(data)?;
+    let name = data.display();
+    match file.try_lock_shared() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::Error(error)) => Err(Error::io(format!("lock {name}"), &error)),
+        Err(TryLockError::WouldBlock) => {
+            let message = format!("{name} is being written by another process");
+            Err(Error::new(ErrorKind::Busy, message))
+        }
+    }
+}
+
+/// Refuses a sparse data file that was sealed where it is: its index and its trailer would become
+/// sectors of the disk. The append form has its own index still, which does not name them.
+fn check_not_sealed(name: &Path, data: &File) -> Result<()> {
+    if !is_sealed_sparse(data)? {
+        return Ok(());
+    }
+    let message =
+        format!("{} was sealed: it is a layer, see commit --commit_sealed", name.display());
+    Err(Error::new(ErrorKind::Unsupported, message))
 }
 
 /// Cuts off what lies at and behind `end_sector`.

@@ -468,16 +468,32 @@ pub(super) fn read_header(file: &dyn Storage, at_byte: u64) -> Result<Option<Hea
 /// A layer that was sealed in place has a header that says otherwise, and a trailer: appending
 /// would bury it. Somebody's data may end like a trailer, but not with this pair's UUID.
 pub(super) fn check_not_sealed(data: &dyn Storage, head: &WritablePair) -> Result<()> {
-    let Some(at_byte) = length(data)?.checked_sub(HEADER_BYTES) else { return Ok(()) };
-    if at_byte < HEADER_BYTES {
+    if !is_sealed(data, head)? {
         return Ok(());
     }
-    let Ok(Some(trailer)) = read_header(data, at_byte) else { return Ok(()) };
-    if trailer.flags.is_sealed() && !trailer.flags.is_header() && trailer.uuid == head.uuid {
-        let message = "the data file is a sealed layer, which is a lower and cannot be written";
-        return Err(Error::new(ErrorKind::Unsupported, message));
+    let message = "the data file is a sealed layer, which is a lower and cannot be written";
+    Err(Error::new(ErrorKind::Unsupported, message))
+}
+
+fn is_sealed(data: &dyn Storage, head: &WritablePair) -> Result<bool> {
+    let at_byte = length(data)?.checked_sub(HEADER_BYTES).filter(|&at| at >= HEADER_BYTES);
+    let Some(at_byte) = at_byte else { return Ok(false) };
+    let Ok(Some(trailer)) = read_header(data, at_byte) else { return Ok(false) };
+    let flags = trailer.flags;
+    Ok(flags.is_sealed() && !flags.is_header() && trailer.uuid == head.uuid)
+}
+
+/// Whether the data file is one in sparse form that was sealed where it is: its header says that it
+/// can be written, but a trailer follows its data.
+///
+/// # Errors
+/// As [`is_sparse`](super::is_sparse).
+pub fn is_sealed_sparse(data: &File) -> Result<bool> {
+    let header = read_header(data, 0)?.ok_or_else(|| too_short("data"))?;
+    if !header.flags.is_sparse_writable() || header.flags.is_sealed() {
+        return Ok(false);
     }
-    Ok(())
+    is_sealed(data, &check_writable_pair(&header, None)?)
 }
 
 const _: () = assert!(DATA_START_SECTOR * SECTOR_SIZE == HEADER_BYTES);

@@ -9,7 +9,10 @@ use crate::names;
 use crate::random::Random;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use obd_ublk::error::ErrorKind;
+use obd_ublk::format::config::ServiceConfig;
 use obd_ublk::format::lsmt::{self, SegmentMapping};
+use obd_ublk::image::load_image_config;
 use obd_ublk::upper::{Pair, PairOptions, PairPaths};
 use serde_json::{Value, json};
 use std::os::unix::fs::FileExt;
@@ -143,6 +146,67 @@ fn an_upper_that_is_written_is_not_committed() {
         assert!(said.contains("must not be written"), "{said}");
     }
     ok(folder.path(), &["commit", "data", "index", "layer"]);
+}
+
+/// A merge once read an upper that was written at the same time: a state that never was.
+#[test]
+fn an_image_whose_upper_is_written_is_not_merged() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    let disk = random_disk(2048, &mut Random(10));
+    std::fs::write(here.join("lower"), layer_of(&disk, false)).unwrap();
+    let paths = PairPaths { data: here.join("data"), index: here.join("index") };
+    let config = json!({
+        "lowers": [{"file": here.join("lower")}],
+        "upper": {"data": &paths.data, "index": &paths.index},
+    });
+    std::fs::write(here.join("config.json"), config.to_string()).unwrap();
+    ok(here, &["create", "data", "index", "1M"]);
+    let options = PairOptions { journal_folder: here.join("run"), ..PairOptions::default() };
+    let pair = Pair::open(&paths, &options).unwrap();
+    let mut worker = pair.worker();
+    worker.write(8, &[7; 4096]).unwrap();
+    drop(worker);
+    let said = refused(here, 12, &["merge", "config.json", "layer"]);
+    assert!(said.contains("data is being written by another process"), "{said}");
+    pair.close().unwrap();
+    drop(pair);
+    ok(here, &["merge", "config.json", "layer"]);
+    let content = obd_ublk::make::Content::of_image(
+        &load_image_config(&here.join("config.json"), None).unwrap(),
+        &ServiceConfig::default(),
+    )
+    .unwrap();
+    let busy = Pair::open(&paths, &options).unwrap_err();
+    assert_eq!(busy.kind(), ErrorKind::Busy, "as long as it is read");
+    drop(content);
+}
+
+/// The sparse form has no index but the file's extents: its seal once became sectors of the layer.
+#[test]
+fn a_sparse_upper_that_was_sealed_is_no_upper_any_more() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    ok(here, &["create", "-s", "data", "index", "1M"]);
+    let file = std::fs::File::options().write(true).open(here.join("data")).unwrap();
+    file.write_all_at(&[7; 8192], 4096 + 64 * 512).unwrap();
+    drop(file);
+    ok(here, &["commit", "data", "index", "before"]);
+    ok(here, &["commit", "--seal", "data", "index"]);
+    let config = json!({"upper": {"data": here.join("data"), "index": here.join("index")}});
+    std::fs::write(here.join("config.json"), config.to_string()).unwrap();
+    for arguments in [
+        &["commit", "data", "index", "after"][..],
+        &["commit", "config.json", "after"],
+        &["merge", "config.json", "after"],
+    ] {
+        let said = refused(here, 4, arguments);
+        assert!(said.contains("--commit_sealed"), "{said}");
+    }
+    ok(here, &["commit", "--commit_sealed", "data", "after"]);
+    let entries = |layer: &str| check(&std::fs::read(here.join(layer)).unwrap()).entries;
+    assert_eq!(entries("after"), [(64, 16, 8, false)]);
+    assert_eq!(entries("after"), entries("before"));
 }
 
 /// A commit once looked at the upper's files only, and took the place of a layer below it.
