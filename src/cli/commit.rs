@@ -28,7 +28,8 @@ pub(crate) struct Args {
     #[arg(short = 'z', long = "zfile")]
     pub(crate) compress: bool,
 
-    /// Seal the upper where it is: its data file becomes a layer, what was overwritten included
+    /// Seal the upper where it is: its data file becomes a layer, what was overwritten included.
+    /// Not one in sparse form that has the size of the layer below
     #[arg(long, conflicts_with_all = ["commit_sealed", "compress"])]
     pub(crate) seal: bool,
 

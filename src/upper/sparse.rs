@@ -28,7 +28,8 @@ use super::storage::Storage;
 use super::{PairOptions, PairPaths, Usage, read, write};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::format::lsmt::{
-    DATA_START_SECTOR, HEADER_BYTES, WritablePair, check_writable_pair, segments_of_sparse_file,
+    DATA_START_SECTOR, HEADER_BYTES, UuidText, WritablePair, check_writable_pair,
+    segments_of_sparse_file,
 };
 use crate::limits::SPARSE_BLOCK_BYTES;
 use crate::map::{Content, UpperMap};
@@ -39,6 +40,7 @@ use nix::sys::statfs::{FsType, fstatfs};
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
@@ -107,17 +109,8 @@ impl SparseUpper {
         if over_lowers {
             check_blocks(&data).context(|| format!("open the upper {name}"))?;
         }
-        prepare_folder(&options.journal_folder)?;
-        let journal = Journal::open(&journal_path)?;
-        let key = JournalKey { boot_id: boot_id()?, uuid: head.uuid, file };
-        let failed = OnceLock::new();
-        if !journal.belongs_to(&key)? {
-            journal.begin(&key, 0, 0);
-        } else if journal.has_failed() {
-            let why = "a sync of it failed since this boot; it can be read";
-            let _ = failed.set(format!("{name}: {why}"));
-        }
-        journal.set_owner(std::process::id());
+        let (journal, failure) = open_journal(&options.journal_folder, file, head.uuid, &name)?;
+        let failed = failure.map_or_else(OnceLock::new, OnceLock::from);
         let stated = head.virtual_size_bytes;
         let virtual_bytes = if stated == 0 { options.lower_bytes } else { stated };
         Self {
@@ -308,6 +301,27 @@ fn read_head(data: &File, options: &PairOptions) -> Result<WritablePair> {
     check_not_sealed(data, &head)?;
     check_wishes(&head, options)?;
     Ok(head)
+}
+
+/// The journal in `folder` of the upper with this data file, which is ours now; and why nothing may
+/// be written any more, if so.
+pub(super) fn open_journal(
+    folder: &Path,
+    file: FileIdentity,
+    uuid: UuidText,
+    name: &str,
+) -> Result<(Journal, Option<String>)> {
+    prepare_folder(folder)?;
+    let journal = Journal::open(&Journal::path_in(folder, file))?;
+    let key = JournalKey { boot_id: boot_id()?, uuid, file };
+    let is_ours = journal.belongs_to(&key)?;
+    if !is_ours {
+        journal.begin(&key, 0, 0);
+    }
+    journal.set_owner(std::process::id());
+    let has_failed = is_ours && journal.has_failed();
+    let why = || format!("{name}: a sync of it failed since this boot; it can be read");
+    Ok((journal, has_failed.then(why)))
 }
 
 /// What the file system says that the file has.
