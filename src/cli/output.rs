@@ -64,12 +64,17 @@ pub(super) fn with_progress<T>(total_bytes: u64, work: impl FnOnce(&AtomicU64) -
     let bar = ProgressBar::new(total_bytes).with_style(style);
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let watcher = scope.spawn(|| {
+        let watch = || {
             while !done.load(Ordering::Acquire) {
                 bar.set_position(counter.load(Ordering::Relaxed));
                 std::thread::park_timeout(PROGRESS_PERIOD);
             }
-        });
+        };
+        // Where there can be no more threads, the work is done without a bar.
+        let Ok(watcher) = std::thread::Builder::new().spawn_scoped(scope, watch) else {
+            bar.finish_and_clear();
+            return work(&counter);
+        };
         let watcher = watcher.thread().clone();
         let _ending = Ending { done: &done, watcher, bar: &bar };
         work(&counter)

@@ -607,6 +607,26 @@ fn the_tools_of_the_reference_answer_to_their_names_with_0_and_1() {
     assert!(checked.unwrap().status.success());
 }
 
+/// A thread that could not be started was a panic. Stacks that no address space holds stand for a
+/// host that has no more threads to give.
+#[test]
+fn a_layer_is_made_with_the_threads_that_there_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    let disk = random_disk(9000, &mut Random(12));
+    std::fs::write(here.join("layer"), layer_of(&disk, true)).unwrap();
+    let arguments = |output| ["merge", "layer", output, "--threads", "8"];
+    ok(here, &arguments("expected"));
+    let alone = Command::new(PROGRAM)
+        .args(arguments("found"))
+        .env("RUST_MIN_STACK", (1_u64 << 60).to_string())
+        .current_dir(here)
+        .output()
+        .unwrap();
+    assert!(alone.status.success(), "{}", String::from_utf8_lossy(&alone.stderr));
+    assert_eq!(sha256_of_file(&here.join("found")), sha256_of_file(&here.join("expected")));
+}
+
 /// What a converter does for the second layer of an image: a pair without a size of its own.
 #[test]
 fn a_pair_without_a_size_is_committed_to_a_layer_without_one() {
