@@ -41,6 +41,7 @@ use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::image::{Layer, Payload};
 use crate::source::{Source, is_same_file};
 use finish::Job;
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
@@ -78,7 +79,7 @@ pub fn write_layer(
     watch: &Watch<'_>,
 ) -> Result<Made> {
     content.check_output(output)?;
-    write_layer_as(content, identity, options, OutputFile::create(output)?, watch)
+    write_layer_as(content, identity, options, open_output(output)?, watch)
 }
 
 fn write_layer_as(
@@ -125,7 +126,7 @@ pub fn compress_file(
     if let Source::Mapped(mapped) = payload.source() {
         refuse_same(mapped.path(), output)?;
     }
-    to_file(OutputFile::create(output)?, |file, folder, name| {
+    to_file(open_output(output)?, |file, folder, name| {
         let job = Job { options, watch, folder, name };
         job.compress(payload, file)
     })
@@ -154,14 +155,26 @@ pub fn recompress_layer(
     write_layer_as(&content, content.identity(), options, output, &watch)
 }
 
+fn streamed(output: &Path) -> Error {
+    let message = format!("{}: a layer is not written from front to back", output.display());
+    Error::new(ErrorKind::Unsupported, message)
+}
+
+/// The output, unless that is a pipe: to open one would be to wait for somebody who reads.
+fn open_output(output: &Path) -> Result<OutputFile> {
+    if std::fs::metadata(output).is_ok_and(|found| found.file_type().is_fifo()) {
+        return Err(streamed(output));
+    }
+    OutputFile::create(output)
+}
+
 fn to_file(
     file: OutputFile,
     write: impl FnOnce(&std::fs::File, &Path, &str) -> Result<Made>,
 ) -> Result<Made> {
     let name = file.target().display().to_string();
     if file.is_stream() {
-        let message = format!("{name}: a layer is not written from front to back");
-        return Err(Error::new(ErrorKind::Unsupported, message));
+        return Err(streamed(file.target()));
     }
     let made = write(file.file(), output_file::folder_of(file.target()), &name)?;
     file.commit()?;

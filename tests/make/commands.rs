@@ -526,6 +526,26 @@ fn a_zfile_is_not_extracted_over_itself() {
     assert!(here.join("link").is_symlink());
 }
 
+/// It once was opened first, which waits until somebody opens it for reading.
+#[test]
+fn a_pipe_as_output_is_refused_without_a_reader() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = random_disk(300, &mut Random(8));
+    std::fs::write(folder.path().join("layer"), layer_of(&disk, true)).unwrap();
+    nix::unistd::mkfifo(&folder.path().join("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    for arguments in [&["merge", "layer", "pipe"], &["zfile", "layer", "pipe"]] {
+        let output = Command::new("timeout")
+            .args(["60", PROGRAM])
+            .args(arguments)
+            .current_dir(folder.path())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(4), "{said}");
+        assert!(said.contains("not written from front to back"), "{said}");
+    }
+}
+
 /// This program under the name of one of the reference's tools.
 fn tool(folder: &Path, words: &[&str]) -> Output {
     let name = folder.join(words[0]);
