@@ -12,6 +12,19 @@ use crate::upper::{self, PairPaths};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 
+/// What says how a layer is written: nothing of it is, when the upper itself becomes one.
+const NOT_WITH_SEAL: [&str; 9] = [
+    "commit_sealed",
+    "compress",
+    "tar",
+    "zero_detection",
+    "no_zero_detection",
+    "threads",
+    "uuid",
+    "parent_uuid",
+    "user_tag",
+];
+
 /// Write what an upper holds as a layer: raw, or compressed with -z
 ///
 /// Not while it is attached. The upper is only read, but for --seal. Blocks of zeros are left out.
@@ -30,7 +43,7 @@ pub(crate) struct Args {
 
     /// Seal the upper where it is: its data file becomes a layer, what was overwritten included.
     /// Not one in sparse form that has the size of the layer below
-    #[arg(long, conflicts_with_all = ["commit_sealed", "compress"])]
+    #[arg(long, conflicts_with_all = NOT_WITH_SEAL)]
     pub(crate) seal: bool,
 
     /// Write a layer that was sealed as a new one

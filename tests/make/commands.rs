@@ -121,6 +121,15 @@ fn what_a_layer_says_of_itself_can_be_told() {
         (&["commit", "-z", &config, "layer", "--level", "2"], "3 to 12 for lz4"),
         (&["commit", &config], "expected CONFIG OUT or DATA INDEX OUT"),
         (&["commit", "-m", &"x".repeat(257), &config, "layer"], "at most 256"),
+        // None of these would be heard.
+        (&["commit", "--seal", &config, "-t"], "cannot be used with"),
+        (&["commit", "--seal", &config, "--uuid", uuid], "cannot be used with"),
+        (&["commit", "--seal", &config, "-p", parent], "cannot be used with"),
+        (&["commit", "--seal", &config, "-m", "tag"], "cannot be used with"),
+        (&["commit", "--seal", &config, "--threads", "2"], "cannot be used with"),
+        (&["commit", "--seal", &config, "--zero-detection", "off"], "cannot be used with"),
+        (&["commit", "--seal", &config, "--no-zero-detection"], "cannot be used with"),
+        (&["commit", "--seal", &config, "--bs", "16"], "add -z"),
     ] {
         let said = refused(files.dir(), 64, arguments);
         assert!(said.contains(told), "{arguments:?}: {said}");
@@ -588,7 +597,7 @@ fn the_tools_of_the_reference_answer_to_their_names_with_0_and_1() {
             0,
         ),
         (&["overlaybd-commit", "data", "missing", "out"], 1),
-        (&["overlaybd-commit", "--seal", "data", "index"], 0),
+        (&["overlaybd-commit", "--seal", "data", "index", "-z", "-t", "--uuid", uuid], 0),
         (&["overlaybd-commit", "--seal", "data", "index"], 1),
         (&["overlaybd-commit", "--commit_sealed", "data", "sealed.commit", "-z", "-t"], 0),
         (&["overlaybd-merge", "overlaybd.commit", "merged"], 0),
