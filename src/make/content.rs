@@ -302,9 +302,34 @@ fn groups(runs: &[Run]) -> impl Iterator<Item = (usize, u64)> {
         one.end_sector == next.start_sector && is_zero(one) == is_zero(next)
     };
     runs.chunk_by(joined).map(|group| {
-        let sectors: u64 = group.iter().map(|run| run.end_sector - run.start_sector).sum();
-        (group.len(), sectors.div_ceil(ENTRY_SECTORS_SURE))
+        let lengths = group.iter().map(|run| run.end_sector - run.start_sector);
+        let is_zero = group.first().is_some_and(|run| run.target == Target::Zero);
+        let entries = if is_zero {
+            zeroed_entries(lengths)
+        } else {
+            lengths.sum::<u64>().div_ceil(ENTRY_SECTORS_SURE)
+        };
+        (group.len(), entries)
     })
+}
+
+/// Entries of runs of zeros of these lengths, one behind the other: as `layout` makes them, cut
+/// where they are longer than one may be, and joined while they stay below that.
+fn zeroed_entries(lengths: impl Iterator<Item = u64>) -> u64 {
+    let (mut entries, mut last): (u64, u64) = (0, 0);
+    for sectors in lengths {
+        let (whole, rest) =
+            (sectors / SegmentMapping::SECTORS_MAX, sectors % SegmentMapping::SECTORS_MAX);
+        if whole > 0 {
+            (entries, last) = (entries + whole, SegmentMapping::SECTORS_MAX);
+        }
+        if last > 0 && last + rest < SegmentMapping::SECTORS_MAX {
+            last += rest;
+        } else if rest > 0 {
+            (entries, last) = (entries + 1, rest);
+        }
+    }
+    entries
 }
 
 /// Where in the input the next piece begins.
@@ -376,5 +401,68 @@ impl Cursor<'_> {
         let rest = runs.get(self.run..).unwrap_or_default();
         let (count, entries) = groups(rest).next().unwrap_or((0, 0));
         (self.group_end, self.group_entries) = (self.run + count, entries);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::layout::Layout;
+    use super::*;
+    use proptest::prelude::*;
+
+    fn zeros(lengths: &[u64]) -> Vec<Run> {
+        let mut here = 0;
+        let run = |&sectors: &u64| {
+            let start_sector = here;
+            here += sectors;
+            Run { start_sector, end_sector: here, target: Target::Zero }
+        };
+        lengths.iter().map(run).collect()
+    }
+
+    /// Entries that are foreseen, and those that the layout makes.
+    fn entries(lengths: &[u64]) -> (u64, u64) {
+        let runs = zeros(lengths);
+        let foreseen = groups(&runs).map(|(_, entries)| entries).sum();
+        let part = |run: &Run| Part {
+            start_sector: run.start_sector,
+            sectors: run.end_sector - run.start_sector,
+            target: run.target,
+        };
+        let mut piece = Piece { parts: runs.iter().map(part).collect(), ..Piece::default() };
+        let mut layout = Layout::new(foreseen, false).unwrap();
+        layout.place(&mut piece).unwrap();
+        (foreseen, to_u64(layout.entries().len()))
+    }
+
+    /// A layer of the longest zeroed entries, as many as there may be, once needed more of them to
+    /// be read than it had, and was refused.
+    #[test]
+    fn zeros_need_the_entries_that_they_have() {
+        const MAX: u64 = SegmentMapping::SECTORS_MAX;
+        for (lengths, expected) in [
+            (&[][..], 0),
+            (&[1], 1),
+            (&[MAX], 1),
+            (&[MAX + 1], 2),
+            (&[MAX, MAX], 2),
+            (&[MAX - 1, 1], 2),
+            (&[MAX - 2, 1, 1], 2),
+            (&[8192, 8192, 8192], 3),
+            (&[8, 8, 8, 8], 1),
+        ] {
+            assert_eq!(entries(lengths), (expected, expected), "{lengths:?}");
+        }
+        assert_eq!(entries(&vec![MAX; 20_000]), (20_000, 20_000));
+    }
+
+    proptest! {
+        #[test]
+        fn zeros_of_any_lengths_need_the_entries_that_they_have(
+            lengths in prop::collection::vec(prop_oneof![1..64_u64, 1..40_000_u64], 1..40)
+        ) {
+            let (foreseen, found) = entries(&lengths);
+            prop_assert_eq!(foreseen, found);
+        }
     }
 }
