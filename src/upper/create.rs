@@ -157,9 +157,30 @@ pub fn create_as(paths: &PairPaths, new: &NewPair, form: Form) -> Result<()> {
         let there = if paths.data.exists() { &paths.data } else { &paths.index };
         return Err(named(there)(io::ErrorKind::AlreadyExists.into()));
     }
-    let drafts = [Draft::open(&paths.data)?, Draft::open(&paths.index)?];
+    if is_same_name(&paths.data, &paths.index) {
+        let message = format!(
+            "{} and {} are one file, expected the data and the index of a pair",
+            paths.data.display(),
+            paths.index.display()
+        );
+        return Err(Error::new(ErrorKind::InvalidConfig, message));
+    }
+    let data = Draft::open(&paths.data)?;
+    let index = Draft::open(&paths.index).inspect_err(|_| data.remove())?;
+    let drafts = [data, index];
     let made = write_drafts(&drafts, new, form).and_then(|()| publish(&drafts));
     made.inspect_err(|_| drafts.iter().for_each(Draft::remove))
+}
+
+/// Whether two paths would make the same file.
+fn is_same_name(one: &Path, other: &Path) -> bool {
+    let folder = |path: &Path| match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.canonicalize(),
+        _ => Path::new(".").canonicalize(),
+    };
+    let is_same_folder =
+        || folder(one).is_ok_and(|one| folder(other).is_ok_and(|other| one == other));
+    one == other || one.file_name() == other.file_name() && is_same_folder()
 }
 
 /// A file under its temporary name, locked.
@@ -277,4 +298,30 @@ fn rename_new(draft: &Draft<'_>) -> Result<()> {
 fn named(path: &Path) -> impl Fn(io::Error) -> Error {
     let action = format!("make {}", path.display());
     move |error| Error::io(action.clone(), &error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pair_that_cannot_be_made_leaves_no_draft() {
+        let folder = tempfile::tempdir().unwrap();
+        let here = folder.path();
+        let data = here.join("data");
+        let missing = here.join("none/index");
+        let itself = here.join(".").join("data");
+        for (index, kind) in [
+            (missing, ErrorKind::NotFound),
+            (data.clone(), ErrorKind::InvalidConfig),
+            (itself, ErrorKind::InvalidConfig),
+        ] {
+            for form in [Form::Append, Form::Sparse { over_lowers: false }] {
+                let paths = PairPaths { data: data.clone(), index: index.clone() };
+                let error = create_fresh(&paths, 1 << 20, form).unwrap_err();
+                assert_eq!(error.kind(), kind, "{error:#}");
+                assert_eq!(std::fs::read_dir(here).unwrap().count(), 0, "{error:#}");
+            }
+        }
+    }
 }
