@@ -399,6 +399,11 @@ pub const REPLAY_THREADS_MAX: usize = 8;
 /// Bytes of one step of a replay.
 pub const REPLAY_PIECE_BYTES_MAX: u64 = 1024 * 1024;
 
+/// Steps of one replay, whatever a trace says: 64 GiB of full ones, 1.5 MiB of memory. A trace of
+/// small scattered reads has one for each, and a start that needs more of them is no longer helped
+/// by what comes last.
+pub const REPLAY_PIECES_MAX: usize = 1 << 16;
+
 /// Fetches of a replay that may fail before it is given up.
 pub const REPLAY_FAILURES_MAX: u32 = 8;
 
@@ -414,6 +419,10 @@ pub const TOUCH_CHUNKS_MAX: u64 = 1 << 20;
 
 /// First touches that are learned: 4 GiB of an image, 1.5 MiB of memory.
 pub const TOUCH_RECORDS_MAX: usize = 1 << 16;
+
+/// Bytes of a log of first touches that are read: what [`TOUCH_RECORDS_MAX`] records take, and some
+/// more.
+pub const TOUCH_LOG_BYTES_MAX: u64 = 2 * 1024 * 1024;
 
 /// Images whose first touches are kept, 1.5 MiB each at most and 20 KB as a rule.
 pub const TOUCH_LOGS_MAX: usize = 1024;

@@ -5,10 +5,12 @@
 
 use super::Shared;
 use super::stop::Stop;
-use super::touches::join;
+use super::touches::push_joined;
 use crate::format::trace::{Record, Trace};
 use crate::image::payload::Payload;
-use crate::limits::{BACKGROUND_YIELD_MS, REPLAY_FAILURES_MAX, REPLAY_PIECE_BYTES_MAX};
+use crate::limits::{
+    BACKGROUND_YIELD_MS, REPLAY_FAILURES_MAX, REPLAY_PIECE_BYTES_MAX, REPLAY_PIECES_MAX,
+};
 use crate::source::{RemoteBlob, Source};
 use crate::units::to_usize;
 use std::sync::Arc;
@@ -29,7 +31,10 @@ struct Replay {
 
 /// Begins a replay by so many threads, which end with it.
 pub(super) fn begin(shared: &Arc<Shared>, payloads: &[Payload], trace: Trace, threads: usize) {
-    let records = pieces(&trace.records);
+    let lengths: Vec<u64> = payloads.iter().map(Payload::bytes).collect();
+    let records = pieces(&trace.records, &lengths);
+    // Up to the largest file, while the pieces are few.
+    drop(trace);
     records.iter().for_each(|record| shared.touches.plan(record));
     tracing::info!(records = records.len(), "fetching ahead what a trace names");
     let replay = Arc::new(Replay {
@@ -49,20 +54,31 @@ pub(super) fn begin(shared: &Arc<Shared>, payloads: &[Payload], trace: Trace, th
     }
 }
 
-/// The records, joined and cut so that none takes long.
-fn pieces(records: &[Record]) -> Vec<Record> {
-    let step = to_usize(REPLAY_PIECE_BYTES_MAX).unwrap_or(usize::MAX);
-    let mut pieces = Vec::with_capacity(records.len());
-    for record in join(records, REPLAY_PIECE_BYTES_MAX) {
-        if record.bytes <= REPLAY_PIECE_BYTES_MAX {
-            pieces.push(record);
-            continue;
-        }
-        let end = record.offset_bytes.saturating_add(record.bytes);
-        // What one record can say is more than any layer has.
-        for offset_bytes in (record.offset_bytes..end).step_by(step).take(records.len().max(4096)) {
+/// What the records name of layers of these lengths, joined and cut so that no piece takes long.
+fn pieces(records: &[Record], lengths: &[u64]) -> Vec<Record> {
+    let mut pieces = Vec::new();
+    for record in records {
+        let layer = to_usize(u64::from(record.layer_index)).and_then(|at| lengths.get(at));
+        let Some(&layer_bytes) = layer else { continue };
+        // What a record says may be more than any layer has.
+        let end = record.offset_bytes.saturating_add(record.bytes).min(layer_bytes);
+        let mut offset_bytes = record.offset_bytes;
+        while offset_bytes < end {
             let bytes = REPLAY_PIECE_BYTES_MAX.min(end - offset_bytes);
-            pieces.push(Record { offset_bytes, bytes, ..record });
+            push_joined(
+                &mut pieces,
+                Record { offset_bytes, bytes, ..*record },
+                REPLAY_PIECE_BYTES_MAX,
+            );
+            if pieces.len() > REPLAY_PIECES_MAX {
+                pieces.pop();
+                tracing::info!(
+                    pieces = pieces.len(),
+                    "a long trace: the rest is not fetched ahead"
+                );
+                return pieces;
+            }
+            offset_bytes += bytes;
         }
     }
     pieces
@@ -127,14 +143,34 @@ mod tests {
             |offset_bytes, bytes| Record { op: Op::Read, layer_index: 3, bytes, offset_bytes };
         let most = REPLAY_PIECE_BYTES_MAX;
         let records = [record(0, 100), record(100, 28), record(1 << 40, 2 * most + 1)];
+        let lengths = [0, 0, 0, 1 << 50];
         let expected = [
             record(0, 128),
             record(1 << 40, most),
             record((1 << 40) + most, most),
             record((1 << 40) + 2 * most, 1),
         ];
-        assert_eq!(pieces(&records), expected);
-        // Nothing that a record says takes memory without end.
-        assert_eq!(pieces(&[record(0, 1 << 62)]).len(), 4096);
+        assert_eq!(pieces(&records, &lengths), expected);
+        // Of a layer that ends earlier, of one without bytes, of one that is not there.
+        assert_eq!(pieces(&records, &[0, 0, 0, 110]), [record(0, 110)]);
+        assert_eq!(pieces(&records, &[1 << 50, 0, 0, 0]), []);
+        assert_eq!(pieces(&records, &[1 << 50]), []);
+    }
+
+    #[test]
+    fn the_pieces_are_few_however_much_the_records_say() {
+        let all = Record { op: Op::Read, layer_index: 0, bytes: 1 << 62, offset_bytes: 0 };
+        let records = vec![all; 20_000];
+        // A layer of three pieces: each record has those, and no more than the limit together.
+        let length = 2 * REPLAY_PIECE_BYTES_MAX + 5;
+        let found = pieces(&records, &[length]);
+        assert_eq!(found.len(), 60_000.min(REPLAY_PIECES_MAX));
+        assert_eq!(found[2], Record { offset_bytes: length - 5, bytes: 5, ..all });
+        // One that is as long as it says.
+        let found = pieces(&records, &[1 << 62]);
+        assert_eq!(found.len(), REPLAY_PIECES_MAX);
+        let apart = |n: u64| Record { bytes: 1, offset_bytes: 2 * n, ..all };
+        let many: Vec<_> = (0..crate::units::to_u64(REPLAY_PIECES_MAX) + 10).map(apart).collect();
+        assert_eq!(pieces(&many, &[1 << 62]), many[..REPLAY_PIECES_MAX]);
     }
 }

@@ -6,7 +6,7 @@ use super::trace_file;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::config::ImageConfig;
 use crate::format::trace::{self, Record, Trace};
-use crate::limits::{RECORD_BYTES_MAX, TOUCH_LOGS_MAX};
+use crate::limits::{RECORD_BYTES_MAX, TOUCH_LOG_BYTES_MAX, TOUCH_LOGS_MAX};
 use sha2::{Digest, Sha256};
 use std::fs::{DirBuilder, File};
 use std::io::{self, Write};
@@ -37,7 +37,7 @@ impl TouchLog {
 
     /// What was learned last time.
     pub(super) fn load(&self) -> Option<Trace> {
-        match trace_file::load(&self.path) {
+        match trace_file::load(&self.path, TOUCH_LOG_BYTES_MAX) {
             Ok(trace) => Some(trace),
             Err(error) if error.kind() == ErrorKind::NotFound => None,
             Err(error) => {
@@ -137,6 +137,19 @@ mod tests {
         log.save(records(5));
         assert_eq!(log.load().unwrap().records.len(), 5);
         std::fs::write(&log.path, "damaged").unwrap();
+        assert_eq!(log.load(), None);
+        assert!(!log.path.exists());
+    }
+
+    #[test]
+    fn the_longest_log_that_we_write_is_read_and_none_that_is_longer() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = TouchLog::of(folder.path(), &config(&["sha256:a"]));
+        let longest = crate::units::to_u64(crate::limits::TOUCH_RECORDS_MAX);
+        log.save(records(longest));
+        assert_eq!(log.load().unwrap().records, records(longest));
+        let records = records(TOUCH_LOG_BYTES_MAX / 24);
+        std::fs::write(&log.path, trace::encode(&Trace { records })).unwrap();
         assert_eq!(log.load(), None);
         assert!(!log.path.exists());
     }

@@ -144,21 +144,24 @@ impl Touches {
 
 /// Joins what lies side by side in the same layer and was touched in a row.
 pub(super) fn join(records: &[Record], bytes_max: u64) -> Vec<Record> {
-    let mut joined: Vec<Record> = Vec::with_capacity(records.len());
-    for record in records {
-        match joined.last_mut() {
-            Some(last)
-                if last.layer_index == record.layer_index
-                    && last.offset_bytes.saturating_add(last.bytes) == record.offset_bytes
-                    && last.bytes.saturating_add(record.bytes) <= bytes_max =>
-            {
-                last.bytes += record.bytes;
-            }
-            _ => joined.push(*record),
-        }
-    }
+    let mut joined = Vec::with_capacity(records.len());
+    records.iter().for_each(|record| push_joined(&mut joined, *record, bytes_max));
     debug_assert!(to_u64(joined.len()) <= to_u64(records.len()), "never more");
     joined
+}
+
+/// Adds a record, to the last one where it goes on there and both are not too long together.
+pub(super) fn push_joined(joined: &mut Vec<Record>, record: Record, bytes_max: u64) {
+    match joined.last_mut() {
+        Some(last)
+            if last.layer_index == record.layer_index
+                && last.offset_bytes.saturating_add(last.bytes) == record.offset_bytes
+                && last.bytes.saturating_add(record.bytes) <= bytes_max =>
+        {
+            last.bytes += record.bytes;
+        }
+        _ => joined.push(record),
+    }
 }
 
 #[cfg(test)]

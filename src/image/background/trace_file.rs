@@ -34,7 +34,7 @@ impl TraceWish {
     pub(super) fn of(config: &ImageConfig) -> Self {
         let wish = if config.acceleration_layer {
             let layer = config.lowers.last().map(|layer| layer.dir.as_str()).unwrap_or_default();
-            load(&Path::new(layer).join(LAYER_TRACE)).map(Self::Replay)
+            load(&Path::new(layer).join(LAYER_TRACE), TRACE_BYTES_MAX).map(Self::Replay)
         } else if config.record_trace_path.is_empty() {
             return Self::Nothing;
         } else {
@@ -53,21 +53,25 @@ impl TraceWish {
             return Ok(Self::Nothing);
         };
         if found.len() > 0 {
-            return load(path).map(Self::Replay);
+            return load(path, TRACE_BYTES_MAX).map(Self::Replay);
         }
         Recording::begin(path).map(Self::Record)
     }
 }
 
-/// The trace in a file.
+/// The trace in a file of so many bytes at most.
 ///
 /// # Errors
-/// `NotFound`, `Io`; what is wrong with it.
-pub(super) fn load(path: &Path) -> Result<Trace> {
+/// `NotFound`, `Io`, `Unsupported` for a longer one; what is wrong with it.
+pub(super) fn load(path: &Path, bytes_max: u64) -> Result<Trace> {
     let told = |error: &std::io::Error| Error::io(format!("read {}", path.display()), error);
     let mut bytes = Vec::new();
     let file = open_regular(path)?;
-    file.take(TRACE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(|error| told(&error))?;
+    file.take(bytes_max + 1).read_to_end(&mut bytes).map_err(|error| told(&error))?;
+    if to_u64(bytes.len()) > bytes_max {
+        let message = format!("{}: found more, expected at most {bytes_max} bytes", path.display());
+        return Err(Error::new(ErrorKind::Unsupported, message));
+    }
     if !trace::has_magic(&bytes) {
         let message = format!("{}: no trace (lists of paths are not supported)", path.display());
         return Err(Error::new(ErrorKind::Unsupported, message));
