@@ -99,6 +99,10 @@ impl Downloads {
                 return false;
             }
             let is_resting = job.not_before.is_some_and(|at| Instant::now() < at);
+            if !is_resting {
+                // A rest that is over is nothing to wake up for.
+                job.not_before = None;
+            }
             if stop.is_set() || is_resting || !(is_due || is_mostly_here(&*job.blob)) {
                 return true;
             }

@@ -295,6 +295,30 @@ fn a_layer_that_is_mostly_here_is_fetched_whole_unasked() {
 }
 
 #[test]
+fn a_layer_that_failed_and_is_wanted_no_more_wakes_nobody() {
+    let (_image, far) = far_image();
+    far.ahead.lock().unwrap().push(0..far.bytes() / 4 * 3 + 3);
+    far.failures.store(1, Ordering::Relaxed);
+    let plan = Plan::of(&ServiceConfig::default().download);
+    assert_eq!(plan.delay, None);
+    let mut downloads = Downloads::new(vec![Arc::clone(&far) as Arc<dyn RemoteBlob>], plan);
+    let (begun, usual) = (Instant::now(), Duration::from_secs(3600));
+    let stop = Stop::default();
+    assert!(downloads.look(&stop, begun));
+    assert_eq!(far.failures.load(Ordering::Relaxed), 0, "it was tried");
+    assert!(downloads.next_look(begun, usual) < usual, "to be tried again");
+    // Evicted meanwhile.
+    far.ahead.lock().unwrap().clear();
+    let end = Instant::now() + Duration::from_secs(60);
+    while downloads.next_look(begun, usual) < usual {
+        assert!(Instant::now() < end, "looked at for ever");
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(downloads.look(&stop, begun));
+    }
+    assert_eq!(*far.ahead.lock().unwrap(), []);
+}
+
+#[test]
 fn an_image_of_files_has_no_background_and_no_log() {
     let (_, far) = far_image();
     let source = Source::Memory(far.bytes.clone().into());
