@@ -4,6 +4,8 @@
 // Helpers stand outside `#[test]` functions, where clippy.toml allows these.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "cache/lengths.rs"]
+mod lengths;
 #[path = "cache/source.rs"]
 mod source;
 
@@ -503,7 +505,7 @@ fn a_damaged_extent_of_a_complete_blob_is_found_by_promotion_and_healed() {
 }
 
 #[test]
-fn a_complete_file_that_lost_its_length_is_fetched_anew() {
+fn a_complete_file_that_lost_its_length_is_read_past_until_it_is_checked() {
     let folder = tempfile::tempdir().unwrap();
     let blob = Blob::new(23, 10 * EXTENT, EXTENT);
     blob_in(&open(folder.path(), 4096), &blob).fill(0..10 * 4096).unwrap();
@@ -512,7 +514,12 @@ fn a_complete_file_that_lost_its_length_is_fetched_anew() {
     std::fs::File::options().write(true).open(&whole).unwrap().set_len(4096).unwrap();
     let cached = blob_in(&open(folder.path(), 4096), &blob);
     check_read(&cached, &blob, 0, 10 * EXTENT);
-    assert!(!whole.exists());
+    assert!(whole.exists() && !cached.is_here(0, 1));
+    let checked = maintenance(folder.path()).check(true).unwrap();
+    assert_eq!(checked.whole_bad, [blob.digest]);
+    let cached = blob_in(&open(folder.path(), 4096), &blob);
+    check_read(&cached, &blob, 0, 10 * EXTENT);
+    assert!(!whole.exists() && cached.is_complete());
 }
 
 #[test]

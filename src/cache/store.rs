@@ -119,14 +119,15 @@ impl Folder {
     /// can be used.
     ///
     /// # Errors
-    /// `Busy` when somebody has a pair of another shape open, `Timeout` for the lock, `NoSpace`,
-    /// `Io`.
+    /// `Busy` when somebody has a pair of another shape open, `Corrupt` when what is here has
+    /// another length: whoever says how long the blob is may be wrong, so nothing is removed.
+    /// `Timeout` for the lock, `NoSpace`, `Io`.
     pub(super) fn open(&self, digest: &BlobDigest, extents: Extents) -> Result<Opened> {
         let action = || format!("open {digest} in the cache {}", self.root.display());
         let named = |error| Error::io("begin", &error).context(action());
         self.allow(DiskStep::Open).map_err(named)?;
         let lock = self.lock()?;
-        if let Some(file) = self.open_whole(digest, extents.blob_bytes(), &lock)? {
+        if let Some(file) = self.open_whole(digest, extents.blob_bytes()).context(action)? {
             // What a kill in the middle of a promotion left: nobody may fill the plain file.
             self.remove_pair(digest, &lock)?;
             return Ok(Opened::Whole(file));
@@ -139,13 +140,9 @@ impl Folder {
         self.make_pair(digest, extents, &lock).context(action).map(Opened::Partial)
     }
 
-    /// The plain file; one that lost its length is removed.
-    fn open_whole(
-        &self,
-        digest: &BlobDigest,
-        bytes: u64,
-        lock: &FolderLock,
-    ) -> Result<Option<MappedFile>> {
+    /// The plain file. One of another length is refused: a config says how long a blob is, and one
+    /// that is wrong is more likely than a file that was cut, which `fsck` finds.
+    fn open_whole(&self, digest: &BlobDigest, bytes: u64) -> Result<Option<MappedFile>> {
         let path = self.whole_path(digest);
         let file = match MappedFile::open(&path) {
             Ok(file) => file,
@@ -153,10 +150,8 @@ impl Folder {
             Err(error) => return Err(error),
         };
         if file.bytes() != bytes {
-            let found = file.bytes();
-            tracing::error!(%digest, found, bytes, "a complete blob of another length: removed");
-            self.remove_whole(digest, lock)?;
-            return Ok(None);
+            let what = format!("length of {}", path.display());
+            return Err(Error::corrupt(&what, 0, file.bytes(), bytes));
         }
         touch(file.file());
         let used = claim::mark_used(file.file());
@@ -179,6 +174,14 @@ impl Folder {
                 if claim::is_used(&map).map_err(|error| named(&error))? {
                     let message = format!("found {found:?} in use, expected {extents:?}");
                     return Err(Error::new(ErrorKind::Busy, message));
+                }
+                if let Ok(Header { digest: of, extents: here, .. }) = &found
+                    && of == digest
+                    && here.blob_bytes() != extents.blob_bytes()
+                    && holds_bytes(&data_path).map_err(|error| named(&error))?
+                {
+                    let what = format!("blob length in {}", map_path.display());
+                    return Err(Error::corrupt(&what, 16, here.blob_bytes(), extents.blob_bytes()));
                 }
                 tracing::warn!(%digest, ?found, "a sidecar that cannot be used: made anew");
                 return Ok(None);
@@ -286,6 +289,16 @@ pub(super) fn read_header(map: &File) -> io::Result<Result<Header>> {
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
             Ok(Err(Error::corrupt("sidecar", 0, "fewer bytes", HEADER_USED_BYTES)))
         }
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether anything was stored in a data file: nothing is where the registry has the blob in another
+/// length than the config says.
+fn holds_bytes(path: &Path) -> io::Result<bool> {
+    match std::fs::symlink_metadata(path) {
+        Ok(found) => Ok(found.is_file() && found.blocks() > 0),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(error),
     }
 }
