@@ -539,9 +539,10 @@ pub const CREDENTIAL_HELPER_MS_MAX: u64 = 10_000;
 /// How often the credentials are looked at while an I/O waits for one that works.
 pub const CREDENTIAL_LOOK_MS: u64 = 500;
 
-/// Times that a registry is asked again with credentials that it refused, for all who wait together
-/// during one deadline: it may have been told to allow them meanwhile.
-pub const UNAUTHORIZED_ASKS_MAX: u32 = 8;
+/// The longest pause before a registry is asked again with credentials that it refused, by one for
+/// all who wait: it may have been told to allow them meanwhile, or a credential service may have
+/// others, which nothing else shows.
+pub const UNAUTHORIZED_PAUSE_MS_MAX: u64 = 64_000;
 
 /// How long a mirror that failed is left alone. Meanwhile the registry itself is asked.
 pub const MIRROR_REST_MS: u64 = 30_000;

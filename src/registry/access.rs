@@ -14,7 +14,7 @@ use super::flight::Flight;
 use super::secret::Secret;
 use super::token::{self, Wish};
 use super::transport::{Answer, Transport};
-use crate::limits::{CREDENTIAL_LOOK_MS, UNAUTHORIZED_ASKS_MAX};
+use crate::limits::{CREDENTIAL_LOOK_MS, UNAUTHORIZED_PAUSE_MS_MAX};
 use reqwest::header;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -58,6 +58,8 @@ struct Denied {
     why: Fault,
     stamp: Stamp,
     asked_at: Instant,
+    /// How often it was asked again since the credentials changed, by all who wait.
+    asks: u32,
 }
 
 /// What may be tried against a refusal.
@@ -202,7 +204,10 @@ impl Access {
         let mut state = self.state();
         state.granted = None;
         let stamp = state.stamp.clone();
-        state.denied = Some(Denied { why, stamp, asked_at: Instant::now() });
+        // Those who come later do not begin anew with what was refused.
+        let before = state.denied.take().filter(|denied| denied.stamp == stamp);
+        let asks = before.map_or(0, |denied| denied.asks);
+        state.denied = Some(Denied { why, stamp, asked_at: Instant::now(), asks });
     }
 
     /// Takes note that a request was answered.
@@ -211,15 +216,18 @@ impl Access {
     }
 
     /// Waits until it makes sense to ask again, for as long as the caller lets it. Whoever gets a
-    /// permit asks for all others, and keeps it meanwhile. `asks` counts that caller's.
-    pub(super) async fn wait(&self, asks: &mut u32) -> Option<SemaphorePermit<'_>> {
+    /// permit asks for all others, and keeps it meanwhile.
+    pub(super) async fn wait(&self) -> Option<SemaphorePermit<'_>> {
         let permit = self.line.acquire().await.ok();
         loop {
             // Those before us got in: nobody needs to wait any more.
             let denied = self.state().denied.clone()?;
-            let pause = ASK_AGAIN.saturating_mul(1 << (*asks).min(8));
-            if *asks < UNAUTHORIZED_ASKS_MAX && denied.asked_at.elapsed() >= pause {
-                *asks += 1;
+            let longest = Duration::from_millis(UNAUTHORIZED_PAUSE_MS_MAX);
+            let pause = ASK_AGAIN.saturating_mul(1 << denied.asks.min(16)).min(longest);
+            if denied.asked_at.elapsed() >= pause {
+                if let Some(denied) = &mut self.state().denied {
+                    denied.asks = denied.asks.saturating_add(1);
+                }
                 return permit;
             }
             if denied.stamp != self.credentials.stamp().await {

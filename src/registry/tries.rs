@@ -24,7 +24,6 @@ pub(super) struct Tries<'a> {
     backoff: Backoff,
     attempts: u32,
     malformed: u32,
-    asks: u32,
     last: Option<Fault>,
     /// Our turn to ask for all who were refused.
     turn: Option<SemaphorePermit<'a>>,
@@ -38,21 +37,9 @@ impl<'a> Tries<'a> {
         deadline: Instant,
     ) -> Self {
         let backoff = Backoff::new(fastrand::Rng::new());
-        let (attempts, malformed, asks) = (0, 0, 0);
+        let (attempts, malformed) = (0, 0);
         let (last, turn) = (None, None);
-        Self {
-            registry,
-            own,
-            host,
-            access,
-            deadline,
-            backoff,
-            attempts,
-            malformed,
-            asks,
-            last,
-            turn,
-        }
+        Self { registry, own, host, access, deadline, backoff, attempts, malformed, last, turn }
     }
 
     /// The time that is left.
@@ -87,7 +74,7 @@ impl<'a> Tries<'a> {
 
     async fn wait_in_line(&mut self, access: &'a Access, why: Fault) -> Result<(), Error> {
         self.own.credential_waits.fetch_add(1, Ordering::Relaxed);
-        let waited = time::timeout_at(self.deadline.into(), access.wait(&mut self.asks)).await;
+        let waited = time::timeout_at(self.deadline.into(), access.wait()).await;
         match waited {
             Ok(turn) => {
                 self.turn = turn;

@@ -221,6 +221,21 @@ fn row_5_a_refusal_waits_for_the_credential_that_works() {
 }
 
 #[test]
+fn row_5_new_requests_do_not_begin_anew_with_what_was_refused() {
+    let lab = Lab::new();
+    lab.mock.fail(Part::Blob, u64::MAX, Fault::status(403));
+    let registry = lab.registry(Options::default());
+    let blob = lab.blob(&registry);
+    for _ in 0..4 {
+        let error = lab.read(&blob, 0..1000, Duration::from_millis(2500)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unauthorized, "{error:?}");
+    }
+    // At once, two seconds and then four seconds later: the next one is due after ten seconds.
+    let requests = lab.mock.count(Part::Blob);
+    assert!((2..=3).contains(&requests), "{requests}");
+}
+
+#[test]
 fn row_5_a_refusal_that_stays_is_told_at_the_deadline_and_not_asked_in_a_loop() {
     for status in [401, 403] {
         let lab = Lab::new();
