@@ -36,7 +36,8 @@ use touch_log::TouchLog;
 use touches::Touches;
 use trace_file::{Recording, TraceWish};
 
-/// What goes on beside the reads of one image. It ends when this is dropped.
+/// What goes on beside the reads of one image. It stops when this is dropped; a recording is
+/// written by [`Background::end`] alone.
 #[derive(Debug)]
 pub struct Background {
     shared: Arc<Shared>,
@@ -116,8 +117,14 @@ impl Background {
 }
 
 impl Drop for Background {
+    /// Of an image whose serving did not end but never began, or went on in another process: what
+    /// is recorded there is not ours to end.
     fn drop(&mut self) {
-        self.end();
+        self.stop();
+        self.shared.save();
+        if let Some(recording) = &self.shared.recording {
+            recording.give_up();
+        }
     }
 }
 

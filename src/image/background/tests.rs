@@ -184,11 +184,32 @@ fn a_recording_ends_with_the_device_and_goes_on_with_its_successor() {
     let (image, _far) = far_image();
     begin(&image, &config(json!({"recordTracePath": path("t")})), None);
     read(&image, 5, 1);
+    image.end_background();
     drop(image);
     assert!(!path("t.lock").exists());
     assert_eq!(std::fs::read(path("t.ok")).unwrap(), b"");
     let recorded = trace::parse(&std::fs::read(path("t")).unwrap()).unwrap();
     assert_eq!(recorded.records.len(), 1);
+}
+
+#[test]
+fn a_start_that_fails_leaves_a_recording_as_it_found_it() {
+    for had_lock in [false, true] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        std::fs::write(path("t"), "").unwrap();
+        if had_lock {
+            std::fs::write(path("t.lock"), "").unwrap();
+        }
+        let (image, _far) = far_image();
+        begin(&image, &config(json!({"recordTracePath": path("t")})), None);
+        assert!(path("t.lock").exists());
+        read(&image, 5, 1);
+        // Never served to its end.
+        drop(image);
+        assert_eq!(std::fs::read(path("t")).unwrap(), b"");
+        assert_eq!((path("t.lock").exists(), path("t.ok").exists()), (had_lock, false));
+    }
 }
 
 #[test]

@@ -85,7 +85,9 @@ pub(super) struct Recording {
     trace: Place,
     lock: Place,
     ok: Place,
-    /// `None` once it is written.
+    /// Whether the lock is ours, and not that of the server that we take over from.
+    made_lock: bool,
+    /// `None` once it is written, or given up.
     records: Mutex<Option<Vec<Record>>>,
 }
 
@@ -94,16 +96,15 @@ impl Recording {
     fn begin(path: &Path) -> Result<Self> {
         let trace = Place::of_file(path)?;
         let (lock, ok) = (trace.beside(".lock")?, trace.beside(".ok")?);
-        match lock.create_new(0o644) {
-            Ok(_) => {}
-            // That of the server that we take over from.
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+        let made_lock = match lock.create_new(0o644) {
+            Ok(_) => true,
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => false,
             Err(error) => {
                 return Err(Error::io(format!("make {}", lock.path().display()), &error));
             }
-        }
+        };
         tracing::info!(trace = %trace.path().display(), "recording");
-        Ok(Self { trace, lock, ok, records: Mutex::new(Some(Vec::new())) })
+        Ok(Self { trace, lock, ok, made_lock, records: Mutex::new(Some(Vec::new())) })
     }
 
     /// Takes note of a read of a layer.
@@ -138,6 +139,17 @@ impl Recording {
                 let error = format!("{error:#}");
                 tracing::warn!(error, "the recorded trace is lost");
             }
+        }
+    }
+
+    /// Leaves all as it was found, unless it has ended already: the empty file goes on asking for a
+    /// recording.
+    pub(super) fn give_up(&self) {
+        if self.records().take().is_none() || !self.made_lock {
+            return;
+        }
+        if let Err(error) = self.lock.remove() {
+            tracing::warn!(%error, lock = %self.lock.path().display(), "a lock that stays");
         }
     }
 
