@@ -293,8 +293,8 @@ pub(super) fn read_header(map: &File) -> io::Result<Result<Header>> {
     }
 }
 
-/// Whether anything was stored in a data file: nothing is where the registry has the blob in another
-/// length than the config says.
+/// Whether anything was stored in a data file: nothing is where the registry has the blob in
+/// another length than the config says.
 fn holds_bytes(path: &Path) -> io::Result<bool> {
     match std::fs::symlink_metadata(path) {
         Ok(found) => Ok(found.is_file() && found.blocks() > 0),
