@@ -8,7 +8,8 @@ use std::path::PathBuf;
 
 /// Write all layers of an image, its upper included, as one layer
 ///
-/// Not while its upper is attached. The layers are only read. The new one holds what is seen through them and needs nothing below.
+/// Not while its upper is attached. The layers are only read. The new one holds what is seen
+/// through them and needs nothing below.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// The image's config.v1.json, or the file of one layer

@@ -7,8 +7,9 @@
 //! ```
 //!
 //! A trailer is there only when its index is: a power cut in between leaves the pair, with bytes
-//! behind its data that nothing names. Nothing that the pair consists of is touched: cut off again where it ended before, the data file
-//! is that of the pair. Who decides which of the two it is, is the caller's business.
+//! behind its data that nothing names. Nothing that the pair consists of is touched: cut off again
+//! where it ended before, the data file is that of the pair. Who decides which of the two it is, is
+//! the caller's business.
 
 use super::log::split;
 use super::open::{check_not_sealed, lock_data, read_header, too_short};

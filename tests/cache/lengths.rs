@@ -3,6 +3,7 @@
 use crate::source::{Blob, open};
 use crate::{EXTENT, blob_in, check_read, maintenance};
 use obd_ublk::cache::Promotion;
+use obd_ublk::source::RemoteBlob as _;
 use std::sync::Arc;
 
 #[test]
