@@ -7,14 +7,14 @@
 mod common;
 
 use common::golden::Golden;
+use common::written_below;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use obd_ublk::format::lsmt::{self, SegmentMapping};
 use serde_json::json;
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 fn program() -> Command {
@@ -42,19 +42,6 @@ fn endless_image(folder: &Path) -> PathBuf {
     config
 }
 
-/// How many bytes on the disk the file has that `child` writes somewhere below `folder`.
-fn written_below(child: &Child, folder: &Path) -> u64 {
-    let open_files = format!("/proc/{}/fd", child.id());
-    let files = std::fs::read_dir(open_files).into_iter().flatten().flatten();
-    let below = files.filter(|file| {
-        std::fs::read_link(file.path()).is_ok_and(|target| target.starts_with(folder))
-    });
-    below
-        .filter_map(|file| std::fs::metadata(file.path()).ok())
-        .map(|file| file.blocks() * 512)
-        .sum()
-}
-
 /// Exports and zfile extractions used to leave a hidden file of any size when they were stopped.
 #[test]
 fn an_export_that_is_stopped_leaves_nothing_behind() {
@@ -68,7 +55,7 @@ fn an_export_that_is_stopped_leaves_nothing_behind() {
             .spawn()
             .unwrap();
         let deadline = Instant::now() + Duration::from_secs(60);
-        while written_below(&export, outputs.path()) < 8 << 20 {
+        while written_below(export.id(), outputs.path()) < 8 << 20 {
             assert!(export.try_wait().unwrap().is_none(), "the export ended by itself");
             assert!(Instant::now() < deadline, "nothing was written");
             std::thread::sleep(Duration::from_millis(2));

@@ -12,6 +12,7 @@ mod common;
 mod mock;
 
 use common::golden::{Case, Golden};
+use common::oci_layout::{self, MANIFEST};
 use mock::{Fault, Mock, Part};
 use obd_ublk::format::lsmt::{SegmentMapping, write_sealed};
 use obd_ublk::format::zfile::{self, Algorithm, WriteOptions};
@@ -22,8 +23,6 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
-
-const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 
 /// A registry and an empty cache.
 struct World {
@@ -156,63 +155,32 @@ fn an_image_is_named_by_its_reference_or_by_its_layout() {
     let world = World::new();
     let lowers = world.push(&golden, case);
     let expected = case.expected_sha256.clone().unwrap();
-    let ids: Vec<_> = lowers.iter().map(|layer| layer["digest"].clone()).collect();
-    let config = json!({"rootfs": {"type": "layers", "diff_ids": ids}}).to_string().into_bytes();
-    let config_digest = Digest::of(&config).to_string();
-    let layers: Vec<Value> = lowers
-        .iter()
-        .map(|layer| {
-            json!({
-                "mediaType": "application/vnd.oci.image.layer.v1.tar",
-                "digest": layer["digest"], "size": layer["size"],
-                "annotations":
-                    {"containerd.io/snapshot/overlaybd/blob-digest": layer["digest"]},
-            })
-        })
-        .collect();
-    let manifest = json!({
-        "schemaVersion": 2, "mediaType": MANIFEST, "layers": layers,
-        "config": {
-            "mediaType": "application/vnd.oci.image.config.v1+json",
-            "digest": config_digest, "size": config.len(),
-        },
-    });
-    let manifest = manifest.to_string().into_bytes();
-    let layout = world.path("layout");
-    let blobs = layout.join("blobs/sha256");
-    fs::create_dir_all(&blobs).unwrap();
-    let write = |digest: &str, bytes: &[u8]| {
-        fs::write(blobs.join(digest.strip_prefix("sha256:").unwrap()), bytes).unwrap();
+    let blob = |layer: &Value| {
+        world.mock.state().content.blobs[layer["digest"].as_str().unwrap()].to_vec()
     };
-    {
-        let mut state = world.mock.state();
-        for (digest, bytes) in &state.content.blobs {
-            write(digest, bytes);
-        }
-        state.content.blobs.insert(config_digest.clone(), config.clone().into());
-        state.content.manifests.insert("v1".to_owned(), (MANIFEST.to_owned(), manifest.clone()));
+    let layers: Vec<Vec<u8>> = lowers.iter().map(blob).collect();
+    let layout = world.path("layout");
+    let digest = oci_layout::write(&layout, &layers);
+    let blobs = layout.join("blobs/sha256");
+    for file in fs::read_dir(&blobs).unwrap() {
+        let file = file.unwrap();
+        let name = format!("sha256:{}", file.file_name().to_str().unwrap());
+        world.mock.state().content.blobs.insert(name, fs::read(file.path()).unwrap().into());
     }
+    let manifest = fs::read(blobs.join(digest.strip_prefix("sha256:").unwrap())).unwrap();
+    let tag = |name: &str| {
+        let tagged = (MANIFEST.to_owned(), manifest.clone());
+        world.mock.state().content.manifests.insert(name.to_owned(), tagged);
+    };
+    tag("v1");
     let reference = format!("docker://{}/img:v1", world.mock.host());
     assert_eq!(world.sha256_of(&reference), expected);
     // By its digest, too, and not by another one.
-    let digest = Digest::of(&manifest).to_string();
-    world
-        .mock
-        .state()
-        .content
-        .manifests
-        .insert(digest.clone(), (MANIFEST.to_owned(), manifest.clone()));
+    tag(&digest);
     let reference = format!("docker://{}/img@{digest}", world.mock.host());
     assert_eq!(world.sha256_of(&reference), expected);
     let verified = world.run(&["verify", &reference]);
     assert!(verified.status.success(), "{verified:?}");
-    write(&config_digest, &config);
-    write(&digest, &manifest);
-    let index = json!({"schemaVersion": 2, "manifests": [
-        {"mediaType": MANIFEST, "digest": digest, "size": manifest.len()},
-    ]});
-    fs::write(layout.join("index.json"), index.to_string()).unwrap();
-    fs::write(layout.join("oci-layout"), "{\"imageLayoutVersion\":\"1.0.0\"}").unwrap();
     let layout = format!("oci-layout:{}", layout.display());
     let requests = world.mock.count(Part::Blob);
     assert_eq!(world.sha256_of(&layout), expected);

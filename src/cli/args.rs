@@ -4,7 +4,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::config::ImageConfig;
 use crate::image::load_image_config;
 use crate::limits::IO_DEADLINE_SECONDS_MAX;
-use crate::server::{RunDir, devices_of_config, parse_id};
+use crate::server::kernel::HostKernel;
+use crate::server::{RunDir, Status, devices_of_config, parse_id, survey};
 use crate::upper::PairPaths;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -105,6 +106,22 @@ pub(crate) fn trusted_run_dir() -> Result<RunDir> {
     let run = RunDir::of_host();
     run.check()?;
     Ok(run)
+}
+
+/// The device that was named, or all of this host in such a state.
+///
+/// # Errors
+/// As [`DeviceName::resolve`] and [`survey`].
+pub(crate) fn named_or_all(
+    device: Option<&OsStr>,
+    run: &RunDir,
+    is_wanted: impl Fn(Status) -> bool,
+) -> Result<Vec<u32>> {
+    if let Some(device) = device {
+        return Ok(vec![DeviceName::parse(device).resolve(run)?]);
+    }
+    let entries = survey(run, &HostKernel)?;
+    Ok(entries.iter().filter(|entry| is_wanted(entry.status)).map(|entry| entry.id).collect())
 }
 
 /// A number of bytes: `512`, `64M`, `1G`.

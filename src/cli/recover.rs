@@ -1,10 +1,9 @@
 //! `recover`: a device whose server died comes back.
 
-use super::args::{DeviceName, trusted_run_dir};
+use super::args::{named_or_all, trusted_run_dir};
 use super::output;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{ATTACH_SECONDS_MAX, DETACH_SECONDS_MAX};
-use crate::server::kernel::HostKernel;
 use crate::server::{self, Status};
 use serde_json::json;
 use std::ffi::OsString;
@@ -36,14 +35,8 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let run = trusted_run_dir()?;
-    let ids = match &args.device {
-        Some(device) => vec![DeviceName::parse(device).resolve(&run)?],
-        None => server::survey(&run, &HostKernel)?
-            .iter()
-            .filter(|entry| matches!(entry.status, Status::Recovering | Status::Lost))
-            .map(|entry| entry.id)
-            .collect(),
-    };
+    let is_without_server = |status| matches!(status, Status::Recovering | Status::Lost);
+    let ids = named_or_all(args.device.as_deref(), &run, is_without_server)?;
     let patience = Duration::from_secs(args.timeout);
     let mut failed = Vec::new();
     for id in &ids {

@@ -1,11 +1,10 @@
 //! `upgrade`: another program serves a device from now on.
 
-use super::args::{DeviceName, trusted_run_dir};
+use super::args::{named_or_all, trusted_run_dir};
 use super::output;
 use super::table::format_table;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{ATTACH_SECONDS_MAX, DETACH_SECONDS_MAX};
-use crate::server::kernel::HostKernel;
 use crate::server::{self, Status};
 use serde_json::{Value, json};
 use std::ffi::OsString;
@@ -42,14 +41,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let run = trusted_run_dir()?;
-    let ids = match &args.device {
-        Some(device) => vec![DeviceName::parse(device).resolve(&run)?],
-        None => server::survey(&run, &HostKernel)?
-            .iter()
-            .filter(|entry| entry.status == Status::Live)
-            .map(|entry| entry.id)
-            .collect(),
-    };
+    let ids = named_or_all(args.device.as_deref(), &run, |status| status == Status::Live)?;
     let own = PathBuf::from("/proc/self/exe");
     let program = args.program.as_ref().unwrap_or(&own);
     let patience = Duration::from_secs(args.timeout);

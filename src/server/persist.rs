@@ -9,7 +9,7 @@
 //! it was said: relative paths in a config are taken from there. It is written to a temporary
 //! name, synced and renamed. Nobody but `attach --persist` writes one; `detach` removes it.
 
-use super::run_dir::parse_id;
+use super::run_dir::{folder_of_host, parse_id};
 use super::serve::Order;
 use super::state::write_durably;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
@@ -120,9 +120,7 @@ impl PersistDir {
     /// The folder of this host, or what [`PERSIST_DIR_VARIABLE`] says. It need not exist.
     #[must_use]
     pub fn of_host() -> Self {
-        let path = std::env::var_os(PERSIST_DIR_VARIABLE).filter(|path| !path.is_empty());
-        let path = PathBuf::from(path.unwrap_or_else(|| PERSIST_DIR_DEFAULT.into()));
-        Self { path: std::path::absolute(&path).unwrap_or(path) }
+        Self { path: folder_of_host(PERSIST_DIR_VARIABLE, PERSIST_DIR_DEFAULT) }
     }
 
     /// The folder at `path`.

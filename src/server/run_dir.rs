@@ -20,20 +20,18 @@
 use super::state::State;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::DEVICE_ID_MAX;
+use crate::upper::RUN_DIR_DEFAULT;
 use nix::fcntl::OFlag;
 use std::fs::{DirBuilder, File, TryLockError};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// The variable that moves the folder, for tests and for several instances on one host.
-pub const RUN_DIR_VARIABLE: &str = "OBD_UBLK_RUN_DIR";
+/// The variable that moves the folder. Uppers have their journals below it.
+pub use crate::upper::RUN_DIR_VARIABLE;
 
 /// The ring of troubles in the folder of a device.
 pub const TROUBLE_NAME: &str = "trouble";
-
-/// Where it is otherwise.
-const RUN_DIR_DEFAULT: &str = "/run/obd-ublk";
 
 /// How often the maker of a new folder tries to lock it, a millisecond apart.
 const LOCK_TRIES_MAX: u32 = 20;
@@ -42,6 +40,13 @@ const LOCK_TRIES_MAX: u32 = 20;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RunDir {
     path: PathBuf,
+}
+
+/// The folder that a variable moves, as an absolute path.
+pub(super) fn folder_of_host(variable: &str, default: &str) -> PathBuf {
+    let path = std::env::var_os(variable).filter(|path| !path.is_empty());
+    let path = PathBuf::from(path.unwrap_or_else(|| default.into()));
+    std::path::absolute(&path).unwrap_or(path)
 }
 
 impl Default for RunDir {
@@ -54,9 +59,7 @@ impl RunDir {
     /// The folder of this host, or what [`RUN_DIR_VARIABLE`] says. It need not exist.
     #[must_use]
     pub fn of_host() -> Self {
-        let path = std::env::var_os(RUN_DIR_VARIABLE).filter(|path| !path.is_empty());
-        let path = PathBuf::from(path.unwrap_or_else(|| RUN_DIR_DEFAULT.into()));
-        Self { path: std::path::absolute(&path).unwrap_or(path) }
+        Self { path: folder_of_host(RUN_DIR_VARIABLE, RUN_DIR_DEFAULT) }
     }
 
     /// The folder at `path`.

@@ -40,8 +40,8 @@ pub use create::{
 };
 pub use journal::{Journal, JournalKey, boot_id};
 pub use open::{
-    INTENT_SUFFIX, PairFiles, PairOptions, PairPaths, Parts, is_sealed_sparse, journal_folder,
-    open_data, remove,
+    INTENT_SUFFIX, PairFiles, PairOptions, PairPaths, Parts, RUN_DIR_DEFAULT, RUN_DIR_VARIABLE,
+    is_sealed_sparse, journal_folder, open_data, remove,
 };
 pub use overlay::overlay_journal;
 pub use resize::resize;

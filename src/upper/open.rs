@@ -24,14 +24,14 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Condvar, Mutex, OnceLock, RwLock};
 
-/// The variable that moves the run folder; `server` reads the same.
-const RUN_DIR_VARIABLE: &str = "OBD_UBLK_RUN_DIR";
+/// The variable that moves the run folder, for tests and for several instances on one host.
+pub const RUN_DIR_VARIABLE: &str = "OBD_UBLK_RUN_DIR";
 
 /// The variable that lets journals lie on a disk: for tests, which have no other place.
 const JOURNAL_ANYWHERE_VARIABLE: &str = "OBD_UBLK_TEST_JOURNAL_ANYWHERE";
 
-/// Where journals lie otherwise: a tmpfs on every current system.
-const RUN_DIR_DEFAULT: &str = "/run/obd-ublk";
+/// The run folder otherwise: on a tmpfs on every current system.
+pub const RUN_DIR_DEFAULT: &str = "/run/obd-ublk";
 
 /// What the name of an index file has at its end while its pair is becoming a layer.
 pub const INTENT_SUFFIX: &str = ".snapshot";

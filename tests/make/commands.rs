@@ -4,6 +4,7 @@
 
 use crate::checker::{Sector, check, check_zfile};
 use crate::common::golden::{Golden, sha256_of_file};
+use crate::common::written_below;
 use crate::content::{Fill, layer_of, random_disk, sector};
 use crate::names;
 use crate::random::Random;
@@ -455,18 +456,6 @@ fn endless_layer(folder: &Path) {
         })
         .collect();
     std::fs::write(folder.join("endless"), lsmt::write_sealed(&entries, &data, 512 << 30)).unwrap();
-}
-
-fn written_below(process: u32, folder: &Path) -> u64 {
-    use std::os::unix::fs::MetadataExt;
-    let files = std::fs::read_dir(format!("/proc/{process}/fd")).into_iter().flatten().flatten();
-    let below = files.filter(|file| {
-        std::fs::read_link(file.path()).is_ok_and(|target| target.starts_with(folder))
-    });
-    below
-        .filter_map(|file| std::fs::metadata(file.path()).ok())
-        .map(|file| file.blocks() * 512)
-        .sum()
 }
 
 #[test]
