@@ -1,7 +1,12 @@
 //! Flush: one leader at a time makes durable what was acknowledged before it began.
 
-use super::{Pair, lock, read, write};
+use super::journal::Journal;
+use super::log::split;
+use super::{Pair, content_of, lock, read, write};
 use crate::error::{Error, Result};
+use crate::format::lsmt::SegmentMapping;
+use crate::map::UpperMap;
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 /// Whose turn it is to flush.
@@ -26,6 +31,22 @@ impl Drop for Turn<'_> {
         drop(turns);
         self.0.turned.notify_all();
     }
+}
+
+/// What the entries `numbers` of a journal come to, as entries that cover no other: the space of
+/// what they cover among themselves may have been written again, so none of them may name it, not
+/// even in a batch of which a power cut leaves a part and the reference reads that.
+fn what_is_left_of(journal: &Journal, numbers: Range<u64>) -> Vec<u8> {
+    let bytes = journal.bytes_of(numbers);
+    let (entries, _) = bytes.as_chunks::<{ SegmentMapping::BYTES }>();
+    let mut map = UpperMap::new();
+    let mut covered = Vec::new();
+    for segment in entries.iter().filter_map(SegmentMapping::decode) {
+        map.insert(segment.start_sector..segment.end_sector(), content_of(&segment), &mut covered);
+        covered.clear();
+    }
+    let left = map.pieces().flat_map(|(range, content)| split(range, content));
+    left.flat_map(|segment| segment.encode()).collect()
 }
 
 impl Pair {
@@ -56,14 +77,17 @@ impl Pair {
     fn flush_once(&self) -> Result<()> {
         self.check_not_failed()?;
         let mut log = lock(&self.log);
-        let (held, live) = {
+        write(&self.state).space.flush_begins();
+        let (held, end_sector, live) = {
             let state = read(&self.state);
             let held = self.journal.held();
             let wanted = held.end > held.start
                 && log.wants_rewrite(held.end - held.start, state.map.piece_count());
             // Map and journal of one instant: the new log must hold what the old and the batch do.
-            (held, wanted.then(|| state.map.pieces().collect::<Vec<_>>()))
+            let live = wanted.then(|| state.map.pieces().collect::<Vec<_>>());
+            (held, state.space.end_sector(), live)
         };
+        write(&self.state).space.flush_taken(end_sector);
         if held.start == held.end {
             return Ok(());
         }
@@ -79,7 +103,7 @@ impl Pair {
                 if replaced {
                     return Ok(());
                 }
-                log.append(&self.journal.bytes_of(held.clone()), &self.journal, &self.name)
+                log.append(&what_is_left_of(&self.journal, held.clone()), &self.journal, &self.name)
             })
             .map_err(|failure| {
                 if failure.may_be_lost {

@@ -107,29 +107,29 @@ impl Log {
         slots.saturating_add(entries) > needed.max(self.rewrite_entries_min)
     }
 
-    /// Appends `entries` as one batch and syncs it.
+    /// Appends `entries`, none of which covers another, and syncs them: one batch, or more where
+    /// one cannot hold them. Each is synced before the next is written, because the scan takes a
+    /// torn tail for what it is only when it is no longer than a batch.
     pub(super) fn append(
         &mut self,
         entries: &[u8],
         journal: &Journal,
         name: &str,
     ) -> Result<(), Failure> {
-        self.append_kind(entries, MarkKind::Batch, journal, name)
+        let most = to_usize(BATCH_ENTRIES_MAX).unwrap_or(0) * SegmentMapping::BYTES;
+        for part in entries.chunks(most) {
+            let bytes = encode_batch(part, self.end_byte, MarkKind::Batch);
+            self.append_bytes(&bytes, journal, name)?;
+        }
+        Ok(())
     }
 
     /// Appends the mark of a pair that is closed.
     pub(super) fn close(&mut self, journal: &Journal, name: &str) -> Result<(), Failure> {
-        self.append_kind(&[], MarkKind::Closed, journal, name)
+        self.append_bytes(&encode_batch(&[], self.end_byte, MarkKind::Closed), journal, name)
     }
 
-    fn append_kind(
-        &mut self,
-        entries: &[u8],
-        kind: MarkKind,
-        journal: &Journal,
-        name: &str,
-    ) -> Result<(), Failure> {
-        let bytes = encode_batch(entries, self.end_byte, kind);
+    fn append_bytes(&mut self, bytes: &[u8], journal: &Journal, name: &str) -> Result<(), Failure> {
         let end_byte = self.end_byte + to_u64(bytes.len());
         let failed = |what: &str, error: &std::io::Error, may_be_lost| Failure {
             error: Error::io(format!("{what} the index of {name}"), error),
@@ -137,7 +137,7 @@ impl Log {
         };
         journal.stand_on(self.end_byte, end_byte);
         self.index
-            .write_at(self.end_byte, &bytes)
+            .write_at(self.end_byte, bytes)
             .map_err(|error| failed("append to", &error, false))?;
         self.index.sync_data().map_err(|error| failed("sync", &error, true))?;
         self.end_byte = end_byte;

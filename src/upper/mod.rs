@@ -100,12 +100,14 @@ const IDLE: u64 = u64::MAX;
 impl State {
     /// Puts `segment`, which is entry `number` of the journal, over what was there.
     fn apply(&mut self, segment: &SegmentMapping, number: u64) {
-        let Self { map, space, freed, .. } = self;
+        let Self { map, space, freed, epoch, .. } = self;
         freed.clear();
         map.insert(segment.start_sector..segment.end_sector(), content_of(segment), freed);
+        let mut rests = false;
         for range in freed.drain(..) {
-            space.covered(number, range);
+            rests |= space.covered(number, range, *epoch);
         }
+        *epoch += u64::from(rests);
     }
 
     /// Frees what no read can look at any more.

@@ -5,6 +5,10 @@
 //!   began before can look at it) --> free --> written again
 //! ```
 //!
+//! What is young rests at once: it was handed out since the entries of the last flush were taken,
+//! so no durable entry, and none that is about to be, points at it. A disk that is written over
+//! and over without a flush so takes the space of what it holds, and not of what was written.
+//!
 //! Numbers in, ranges out, no I/O. Allocation takes the smallest free extent that fits, else the
 //! end of the file, and pieces only where the file may not grow. Free neighbours are joined.
 
@@ -17,6 +21,9 @@ use std::ops::Range;
 pub(super) struct Space {
     end_sector: u64,
     limit_sector: u64,
+    /// What is handed out from here on is young. Free space in front of it is not, though it may
+    /// be handed out later: one number for each flush costs a write nothing.
+    young_sector: u64,
     free: Free,
     /// With the number of the journal entry that must be durable.
     pending: VecDeque<(u64, Range<u64>)>,
@@ -101,7 +108,9 @@ impl Space {
     /// reused: no writer we know makes such a pair, and what one name lets go another still needs.
     pub(super) fn new(used: &mut [Range<u64>], end_sector: u64, limit_sector: u64) -> Self {
         let first = crate::format::lsmt::DATA_START_SECTOR;
-        let mut this = Self { end_sector, limit_sector, reuse: true, ..Self::default() };
+        let mut this =
+            Self { end_sector, limit_sector, young_sector: end_sector, ..Self::default() };
+        this.reuse = true;
         used.sort_unstable_by_key(|range| range.start);
         let mut here = first;
         for range in used {
@@ -151,12 +160,36 @@ impl Space {
         self.free.add(range);
     }
 
-    /// `range` is covered by the journal entry `number`.
+    /// `range` is covered by the journal entry `number`; reads that began in `epoch` or before may
+    /// still look at it. Whether some of it waits for those alone: then the next read must begin in
+    /// another epoch.
     #[inline]
-    pub(super) fn covered(&mut self, number: u64, range: Range<u64>) {
-        if self.reuse && self.pending.len() < UPPER_FREE_EXTENTS_MAX {
-            self.pending.push_back((number, range));
+    pub(super) fn covered(&mut self, number: u64, range: Range<u64>, epoch: u64) -> bool {
+        if !self.reuse {
+            return false;
         }
+        let young = range.start.max(self.young_sector)..range.end;
+        let old = range.start..range.end.min(self.young_sector);
+        if !old.is_empty() && self.pending.len() < UPPER_FREE_EXTENTS_MAX {
+            self.pending.push_back((number, old));
+        }
+        if young.is_empty() || self.resting.len() >= UPPER_FREE_EXTENTS_MAX {
+            return false;
+        }
+        self.resting.push_back((epoch, young));
+        true
+    }
+
+    /// The entries of a flush are about to be taken, and until [`Space::flush_taken`] nothing is
+    /// young.
+    pub(super) fn flush_begins(&mut self) {
+        self.young_sector = u64::MAX;
+    }
+
+    /// They were taken when `end_sector` was the end of what was handed out: what lies behind it
+    /// is in none of them.
+    pub(super) fn flush_taken(&mut self, end_sector: u64) {
+        self.young_sector = end_sector;
     }
 
     /// What is in `before` and not in `live`, both in any order, is covered by the journal entries
@@ -186,7 +219,8 @@ impl Space {
                 let kept = live.get(next_live).filter(|live| live.start < range.end);
                 let gap_end = kept.map_or(range.end, |live| live.start.max(here));
                 if here < gap_end {
-                    self.covered(number, here..gap_end);
+                    // No read began yet, and nothing is young.
+                    self.covered(number, here..gap_end, 0);
                 }
                 here = kept.map_or(range.end, |live| live.end);
             }
@@ -256,8 +290,8 @@ mod tests {
     #[test]
     fn covered_space_is_free_when_durable_and_out_of_sight() {
         let mut space = Space::new(&mut [8..16, 16..24], 24, 24);
-        space.covered(5, 8..16);
-        space.covered(6, 16..24);
+        space.covered(5, 8..16, 0);
+        space.covered(6, 16..24, 0);
         space.settle(u64::MAX);
         assert_eq!(space.allocate(8), None, "not durable");
         space.flushed(6, 3);
@@ -285,7 +319,7 @@ mod tests {
     #[test]
     fn space_that_two_segments_share_is_never_reused() {
         let mut space = Space::new(&mut [8..16, 12..20], 64, 64);
-        space.covered(0, 8..16);
+        space.covered(0, 8..16, 0);
         space.flushed(1, 0);
         space.settle(u64::MAX);
         assert_eq!(space.allocate(1), None);

@@ -165,6 +165,7 @@ fn a_full_quota_fails_the_write_alone_and_overwritten_space_is_used_again() {
     let pair = Pair::open(&paths, &options).unwrap();
     let mut worker = pair.worker();
     worker.write(0, &[b'a'; 8 * 512]).unwrap();
+    pair.flush().unwrap();
     let error = worker.write(8, &[b'b'; 512]).unwrap_err();
     assert_eq!((error.kind(), error.errno()), (ErrorKind::NoSpace, libc::ENOSPC));
     worker.zero(0..4).unwrap();
@@ -181,6 +182,56 @@ fn a_full_quota_fails_the_write_alone_and_overwritten_space_is_used_again() {
     worker.zero(0..DISK_BYTES / 512).unwrap();
     pair.flush().unwrap();
     assert_eq!(pair.warning(), None);
+}
+
+#[test]
+fn what_is_written_again_before_a_flush_takes_no_more_space() {
+    let (_folder, paths, options) = fresh();
+    let pair = Pair::open(&paths, &options).unwrap();
+    let mut worker = pair.worker();
+    worker.write(0, b"s".repeat(512).as_slice()).unwrap();
+    pair.flush().unwrap();
+    for round in 0_u64..100 {
+        let byte = b'a' + u8::try_from(round % 26).unwrap();
+        worker.write(round % 3, &[byte; 512]).unwrap();
+    }
+    // What the flush made durable, three sectors that are seen, and one that was being written.
+    assert_eq!(pair.usage().file_bytes, 4096 + 5 * 512);
+    pair.flush().unwrap();
+    assert_eq!(sectors(&mut worker, 0, 4), *b"vtu.");
+    assert_eq!(pair.usage().index_bytes, 4096 + 3 * 512, "batches of one and of one entry");
+    assert_eq!(as_the_reference_reads(&paths)[..4], [Some(b'v'), Some(b't'), Some(b'u'), None]);
+}
+
+/// Each is written over while a read that found it waits for another layer.
+#[test]
+fn space_that_a_read_is_about_to_look_at_is_not_written_again() {
+    for (what, flushes) in [("before a flush", false), ("after a flush", true)] {
+        let (_folder, paths, options) = fresh();
+        let pair = Pair::open(&paths, &options).unwrap();
+        let (mut reader, mut writer) = (pair.worker(), pair.worker());
+        writer.write(1, &[b'a'; 7 * 512]).unwrap();
+        let mut seen = [0; 8 * 512];
+        reader
+            .read(0, &mut seen, |_, gap| {
+                gap.fill(b'.');
+                for byte in *b"bcdefg" {
+                    writer.write(1, &[byte; 7 * 512])?;
+                    writer.write(64, &[b'x'; 7 * 512])?;
+                    if flushes {
+                        pair.flush()?;
+                    }
+                }
+                Ok(())
+            })
+            .unwrap();
+        let seen: Vec<u8> = seen.iter().step_by(512).copied().collect();
+        assert_eq!(seen, *b".aaaaaaa", "{what}");
+        assert_eq!(sectors(&mut reader, 0, 8), *b".ggggggg", "{what}");
+        let before = pair.usage().file_bytes;
+        writer.write(128, &[b'y'; 7 * 512]).unwrap();
+        assert_eq!(pair.usage().file_bytes, before, "{what}: and then it is");
+    }
 }
 
 /// The file system is full for everybody: told of a real one by what it says itself.

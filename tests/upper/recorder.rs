@@ -50,6 +50,19 @@ pub(crate) struct World {
     /// Runs in front of every operation.
     pub(crate) journals: Vec<Vec<u64>>,
     pub(crate) journal: Option<obd_ublk::source::SharedMemory>,
+    pub(crate) meanwhile: Option<Meanwhile>,
+}
+
+/// What somebody else does while the first sync of the data file, or of an index, runs.
+pub(crate) struct Meanwhile {
+    pub(crate) of_data: bool,
+    pub(crate) act: Box<dyn FnOnce() + Send>,
+}
+
+impl std::fmt::Debug for Meanwhile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Meanwhile(of_data: {})", self.of_data)
+    }
 }
 
 pub(crate) type Shared = Arc<Mutex<World>>;
@@ -127,6 +140,11 @@ impl Storage for RecordedFile {
     }
 
     fn sync_data(&self) -> io::Result<()> {
+        let is_meant = |meanwhile: &mut Meanwhile| meanwhile.of_data == (self.file == 0);
+        let meanwhile = lock(&self.world).meanwhile.take_if(is_meant);
+        if let Some(meanwhile) = meanwhile {
+            (meanwhile.act)();
+        }
         lock(&self.world).begin(Op::Sync { file: self.file })
     }
 

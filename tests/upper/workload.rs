@@ -3,13 +3,14 @@
 // Each test uses a part of it.
 #![allow(dead_code)]
 
-use crate::recorder::{Op, Random, RecordedFile, RecordedFolder, Shared, World, lock};
+use crate::recorder::{Meanwhile, Op, Random, RecordedFile, RecordedFolder, Shared, World, lock};
 use obd_ublk::error::Result;
 use obd_ublk::format::lsmt::{Flags, HEADER_BYTES, Header, SegmentMapping, UuidText};
 use obd_ublk::source::{FileIdentity, SharedMemory};
 use obd_ublk::upper::{Journal, Pair, PairOptions, PairWorker, Parts};
-use std::sync::Arc;
+use std::ops::Range;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 
 pub(crate) const DISK_SECTORS: u64 = 24;
 const OPS_MAX: u64 = 200;
@@ -152,6 +153,25 @@ fn first_files(random: &mut Random, history: &mut [Vec<Value>]) -> (Vec<u8>, Vec
     (data, index)
 }
 
+/// A write, or zeros, with what its sectors hold then.
+#[derive(Clone)]
+struct Change {
+    sectors: Range<u64>,
+    stamps: Vec<u64>,
+    zero: bool,
+}
+
+impl Change {
+    fn make(&self, worker: &mut PairWorker) {
+        if self.zero {
+            worker.zero(self.sectors.clone()).unwrap();
+        } else {
+            let bytes = self.stamps.iter().flat_map(|stamp| stamp.to_le_bytes().repeat(64));
+            worker.write(self.sectors.start, &bytes.collect::<Vec<_>>()).unwrap();
+        }
+    }
+}
+
 struct Stage {
     world: Shared,
     memory: SharedMemory,
@@ -169,28 +189,65 @@ impl Stage {
         lock(&self.world).ops.len()
     }
 
-    fn change(&mut self, random: &mut Random, zero: bool) {
+    fn plan(&mut self, random: &mut Random, zero: bool) -> Change {
         let start = random.below(DISK_SECTORS);
-        let end = (start + 1 + random.below(8)).min(DISK_SECTORS);
+        let sectors = start..(start + 1 + random.below(8)).min(DISK_SECTORS);
+        let first = self.next_stamp;
+        self.next_stamp += sectors.end - sectors.start;
+        let stamps = (first..self.next_stamp).map(|stamp| if zero { 0 } else { stamp }).collect();
+        Change { sectors, stamps, zero }
+    }
+
+    /// Notes a change that was made between two operations.
+    fn note(&mut self, change: &Change, issued: usize, acknowledged: usize) {
+        for (sector, stamp) in change.sectors.clone().zip(&change.stamps) {
+            let value = Value { stamp: Some(*stamp), issued, acknowledged };
+            self.history[usize::try_from(sector).unwrap()].push(value);
+        }
+    }
+
+    fn change(&mut self, random: &mut Random, zero: bool) {
+        let change = self.plan(random, zero);
         let issued = self.done();
-        let mut bytes = Vec::new();
-        let mut places = Vec::new();
-        for sector in start..end {
-            let stamp = if zero { 0 } else { self.next_stamp };
-            self.next_stamp += 1;
-            bytes.extend_from_slice(&stamp.to_le_bytes().repeat(64));
-            let values = &mut self.history[usize::try_from(sector).unwrap()];
-            places.push(values.len());
-            values.push(Value { stamp: Some(stamp), issued, acknowledged: usize::MAX });
+        change.make(self.worker.as_mut().unwrap());
+        self.note(&change, issued, self.done());
+    }
+
+    /// A flush, and changes that others make after its entries were taken.
+    fn flush_amid_changes(&mut self, random: &mut Random) {
+        let counts = self.history.iter().map(Vec::len).collect();
+        let mut changes = Vec::new();
+        for _ in 0..=random.below(3) {
+            let zero = random.one_in(4);
+            changes.push(self.plan(random, zero));
         }
-        if zero {
-            self.worker.as_mut().unwrap().zero(start..end).unwrap();
-        } else {
-            self.worker.as_mut().unwrap().write(start, &bytes).unwrap();
-        }
-        let acknowledged = self.done();
-        for (sector, place) in (start..end).zip(places) {
-            self.history[usize::try_from(sector).unwrap()][place].acknowledged = acknowledged;
+        let pair = Arc::clone(self.pair.as_ref().unwrap());
+        let made = Arc::new(Mutex::new(Vec::new()));
+        let act = {
+            let (pair, made) = (Arc::clone(&pair), Arc::clone(&made));
+            let (world, changes) = (Arc::clone(&self.world), changes.clone());
+            move || {
+                let mut worker = pair.worker();
+                for change in &changes {
+                    // One more would wait for the flush that waits here.
+                    if pair.usage().unflushed_entries == u64::from(JOURNAL_ENTRIES) {
+                        break;
+                    }
+                    let issued = lock(&world).ops.len();
+                    change.make(&mut worker);
+                    made.lock().unwrap().push((issued, lock(&world).ops.len()));
+                }
+            }
+        };
+        let of_data = random.one_in(2);
+        lock(&self.world).meanwhile = Some(Meanwhile { of_data, act: Box::new(act) });
+        pair.flush().unwrap();
+        self.flushes.push((self.done(), counts));
+        // Still there when there was nothing to flush.
+        lock(&self.world).meanwhile = None;
+        let made = std::mem::take(&mut *made.lock().unwrap());
+        for (change, (issued, acknowledged)) in changes.iter().zip(made) {
+            self.note(change, issued, acknowledged);
         }
     }
 
@@ -271,7 +328,8 @@ pub(crate) fn run(seed: u64) -> Run {
         match random.below(26) {
             0..=13 => stage.change(&mut random, false),
             14..=17 => stage.change(&mut random, true),
-            18..=21 => stage.flush(Pair::flush),
+            18..=20 => stage.flush(Pair::flush),
+            21 => stage.flush_amid_changes(&mut random),
             22 => stage.reopen(true),
             23 => stage.compact(),
             24 if random.index(2) == 0 => stage.grow(),
