@@ -48,7 +48,7 @@ fn main() {
     let rounds = number(1, 7);
     println!("{megabytes} MiB, {rounds} alternating rounds, medians; the server has one core");
     sequential(megabytes, rounds);
-    late_first_bytes(megabytes.min(64), rounds.min(3));
+    late_first_bytes(megabytes, rounds.min(3));
     limited(megabytes, rounds.min(3));
     random_misses(megabytes, rounds);
 }

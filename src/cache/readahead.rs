@@ -1,11 +1,12 @@
 //! How far to fetch ahead of a reader: numbers only.
 //!
-//! A few streams are followed at a time. A read that goes on where one stands doubles its window,
-//! up to [`CACHE_AHEAD_BYTES_MAX`]; a read that belongs to none halves all windows and begins a
+//! A few streams are followed at a time. A read that goes on where one stands widens its window:
+//! to twice the read at first, then fourfold while it is small and twofold later, up to
+//! [`CACHE_AHEAD_BYTES_MAX`]. A read that belongs to none halves all windows and begins a
 //! stream of its own, which fetches nothing ahead before it was continued. So a sequential reader
 //! is soon 8 MiB ahead, several beside each other are too, and random reads fetch what they need.
 //!
-//! A stream asks to be told when the reader comes to its mark, three quarters of a window in front
+//! A stream asks to be told when the reader comes to its mark, seven eighths of a window in front
 //! of the end of what was asked for, so that hits between two marks cost nothing.
 
 use crate::limits::{CACHE_AHEAD_BYTES_MAX, CACHE_AHEAD_BYTES_MIN, CACHE_STREAMS_MAX};
@@ -79,7 +80,7 @@ impl Readahead {
         if read.end < due {
             return None;
         }
-        stream.window = (stream.window * 2).clamp(min, max);
+        stream.window = stream.wider(read.end - read.start, max).clamp(min, max);
         let start = stream.asked_to.max(read.end);
         let end = read.end.saturating_add(stream.window).min(self.extent_count);
         if start >= end {
@@ -102,10 +103,17 @@ impl Readahead {
 }
 
 impl Stream {
-    /// How much there must be ahead: below it, more is asked for. Three quarters of the window, so
-    /// that about so many of its requests are always under way.
+    /// How much there must be ahead: below it, more is asked for. Seven eighths of the window: the
+    /// last one is a whole request where the window is widest, and the others are under way.
     fn reserve(&self) -> u64 {
-        self.window - self.window / 4
+        self.window - self.window / 8
+    }
+
+    /// The window after one more read of `extents`. The first steps are the long ones: each waits
+    /// for a registry's first byte, and what is fetched in vain is little.
+    fn wider(&self, extents: u64, max: u64) -> u64 {
+        let factor = if self.window < max / 16 { 4 } else { 2 };
+        if self.window == 0 { extents.saturating_mul(2) } else { self.window * factor }
     }
 
     /// Whether `read` begins in the extent that was read last, or in front of the end of what was
@@ -162,7 +170,7 @@ mod tests {
             }
         }
         assert_eq!(misses, 2, "the first two");
-        assert_eq!(plans[..6], [2, 4, 8, 16, 32, 64], "doubles up to 8 MiB");
+        assert_eq!(plans[..5], [2, 8, 16, 32, 64], "up to 8 MiB");
         assert_eq!(here, 1000);
     }
 
