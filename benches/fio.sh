@@ -8,7 +8,7 @@
 # Reads go to a raw and an LZ4 layer of ours and to the peer on the raw bytes. Writes go to a new
 # upper without layers (append pair) and to the peer on a file of the same size whose blocks are all
 # allocated. Nothing is flushed but where a case says so; both sides write to the page cache, which
-# is empty at the start of what is measured.
+# has nothing of their files at the start of what is measured.
 #
 # Both sides have the same number of queues, the same depth (128), request size (512 KiB) and
 # backing: files on one ext4 disk, read through the page cache, which holds all of them before each
@@ -95,6 +95,15 @@ side = max(job["read"], job["write"], key=lambda side: side["total_ios"])
 print(int(side["iops"]), side["total_ios"])'
 }
 
+# Writes what is dirty of the files behind the device, and lets their pages go. Those alone: without
+# all caches every program of the guest comes back from the host.
+forget_pages() {
+    local file
+    for file in /mnt/raw /mnt/upper/*; do
+        [ ! -f "$file" ] || dd of="$file" oflag=nocache conv=notrunc,fdatasync count=0 status=none
+    done
+}
+
 cpu_ticks() { awk '{ print $14 + $15 }' "/proc/$pid/stat"; }
 
 # Whether every thread of the server is traced, but for the kernel's own workers.
@@ -130,7 +139,7 @@ measure() {
     shift
     run_fio "$half" "$@" >/dev/null
     # A file that is written need not be in the page cache, on either side.
-    [ "$mode" = read ] || { sync && echo 3 >/proc/sys/vm/drop_caches; }
+    [ "$mode" = read ] || forget_pages
     cpu_before=$(cpu_ticks) enters_before=$(own_enters)
     read -r iops ios < <(run_fio "$seconds" "$@")
     cpu=$(($(cpu_ticks) - cpu_before)) enters=$(($(own_enters) - enters_before))
@@ -202,7 +211,7 @@ in_guest() {
         for turn in "${!sides[@]}"; do
             # Another side begins each round.
             who=${sides[$(((round + turn) % ${#sides[@]}))]}
-            cat /mnt/raw /mnt/layer.* >/dev/null
+            [ "$mode" = write ] || cat /mnt/raw /mnt/layer.* >/dev/null
             echo "round $round of $rounds: $who" >&2
             start_device
             for line in "${cases[@]}"; do
