@@ -1,8 +1,8 @@
 //! Arguments that several commands share.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::config::ImageConfig;
-use crate::image::load_image_config;
+use crate::format::config::{ImageConfig, ServiceConfig};
+use crate::image::{load_image_config, load_service_config_with};
 use crate::limits::IO_DEADLINE_SECONDS_MAX;
 use crate::server::kernel::HostKernel;
 use crate::server::{RunDir, Status, devices_of_config, parse_id, survey};
@@ -95,6 +95,37 @@ pub(crate) struct DeadlineArgs {
     #[arg(long = "io-deadline", value_name = "SECONDS")]
     #[arg(value_parser = clap::value_parser!(u64).range(1..=IO_DEADLINE_SECONDS_MAX))]
     pub(crate) io_deadline: Option<u64>,
+}
+
+/// The settings of the host by which a command reads an image.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct HostArgs {
+    /// Host-wide settings [default: /etc/overlaybd/overlaybd.json, which may be absent]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) service_config: Option<PathBuf>,
+
+    #[command(flatten)]
+    deadline: DeadlineArgs,
+}
+
+impl HostArgs {
+    /// The settings.
+    ///
+    /// # Errors
+    /// What is wrong with their file.
+    pub(crate) fn service(&self) -> Result<ServiceConfig> {
+        load_service_config_with(self.service_config.as_deref(), self.deadline.io_deadline)
+    }
+
+    /// The image that `config` names, and the settings.
+    ///
+    /// # Errors
+    /// What is wrong with either.
+    pub(crate) fn image(&self, config: &Path) -> Result<(ImageConfig, ServiceConfig)> {
+        // What is wrong with the settings would keep a reference from being found.
+        let service = self.service()?;
+        Ok((load_image_config(config, self.service_config.as_deref())?, service))
+    }
 }
 
 /// The run folder of this host, once it can be believed: commands act on what it says about devices

@@ -1,10 +1,10 @@
 //! `explain`: from a sector of the disk to the bytes of a file that it comes from. `why` asks the
 //! same of the requests that failed.
 
-use super::args::DeadlineArgs;
+use super::args::HostArgs;
 use super::output::print_facts;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Layer, Provenance, Stack, load_image_config, load_service_config_with};
+use crate::image::{Layer, Provenance, Stack};
 use crate::units::{SECTOR_SIZE, sectors_to_bytes};
 use clap::Parser;
 use serde_json::{Value, json};
@@ -18,20 +18,15 @@ pub(crate) struct Args {
     config: PathBuf,
     /// The sector (512 bytes) of the virtual disk; as the kernel's log prints it
     lba: u64,
-    /// Host-wide settings [default: /etc/overlaybd/overlaybd.json, which may be absent]
-    #[arg(long, value_name = "FILE")]
-    service_config: Option<PathBuf>,
     #[command(flatten)]
-    deadline: DeadlineArgs,
+    host: HostArgs,
     /// Print JSON
     #[arg(long)]
     json: bool,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let service = args.service_config.as_deref();
-    let service = load_service_config_with(service, args.deadline.io_deadline)?;
-    let config = load_image_config(&args.config, args.service_config.as_deref())?;
+    let (config, service) = args.host.image(&args.config)?;
     let stack = Stack::open(&config, &service)?;
     let sectors = stack.virtual_bytes() / SECTOR_SIZE;
     if args.lba >= sectors {

@@ -1,9 +1,9 @@
 //! `export`: the flattened disk as a raw file or stream.
 
-use super::args::DeadlineArgs;
+use super::args::HostArgs;
 use super::output::with_progress;
 use crate::error::{Error, Result};
-use crate::image::{Stack, check_output, load_image_config, load_service_config_with};
+use crate::image::{Stack, check_output};
 use crate::make::OutputFile;
 use clap::Parser;
 use std::path::PathBuf;
@@ -17,17 +17,12 @@ pub(crate) struct Args {
     /// Output file, sparse where the disk is zero; `-` is stdout
     #[arg(short, long, default_value = "-")]
     output: PathBuf,
-    /// Host-wide settings [default: /etc/overlaybd/overlaybd.json, which may be absent]
-    #[arg(long, value_name = "FILE")]
-    service_config: Option<PathBuf>,
     #[command(flatten)]
-    deadline: DeadlineArgs,
+    host: HostArgs,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let service = args.service_config.as_deref();
-    let service = load_service_config_with(service, args.deadline.io_deadline)?;
-    let config = load_image_config(&args.config, args.service_config.as_deref())?;
+    let (config, service) = args.host.image(&args.config)?;
     check_output(&args.config, &config, &args.output)?;
     let image = Stack::open(&config, &service)?.into_image()?;
     let total = image.virtual_bytes();

@@ -1,9 +1,9 @@
 //! `prefetch`: the layers of an image in a registry, pulled into the cache before they are needed.
 
-use super::args::DeadlineArgs;
+use super::args::HostArgs;
 use super::output::{print_facts, with_progress};
 use crate::error::Result;
-use crate::image::{Prefetch, load_image_config, load_service_config_with};
+use crate::image::Prefetch;
 use crate::limits::{PREFETCH_LAYERS_DEFAULT, PREFETCH_LAYERS_MAX};
 use serde_json::json;
 use std::path::PathBuf;
@@ -23,12 +23,8 @@ pub(crate) struct Args {
     #[arg(value_parser = clap::value_parser!(u16).range(1..=i64::from(PREFETCH_LAYERS_MAX)))]
     layers: u16,
 
-    /// Host-wide settings [default: /etc/overlaybd/overlaybd.json, which may be absent]
-    #[arg(long, value_name = "FILE")]
-    service_config: Option<PathBuf>,
-
     #[command(flatten)]
-    deadline: DeadlineArgs,
+    host: HostArgs,
 
     /// Print JSON
     #[arg(long)]
@@ -36,9 +32,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let file = args.service_config.as_deref();
-    let service = load_service_config_with(file, args.deadline.io_deadline)?;
-    let config = load_image_config(&args.config, file)?;
+    let (config, service) = args.host.image(&args.config)?;
     let prefetch = Prefetch::open(&config, &service)?;
     let layers = usize::from(args.layers);
     let done = with_progress(prefetch.bytes(), |progress| prefetch.run(layers, progress))?;

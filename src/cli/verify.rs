@@ -1,12 +1,12 @@
 //! `verify`: every checksum and index rule of one layer or of all layers of a config.
 
-use super::args::DeadlineArgs;
+use super::args::HostArgs;
 use super::output::{print_facts, with_progress};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::config::ImageConfig;
 use crate::image::{
-    Layer, LayerReport, Stack, check_layers, load_service_config_with, open_each,
-    parse_image_config, read_if_config, work_bytes,
+    Layer, LayerReport, Stack, check_layers, open_each, parse_image_config, read_if_config,
+    work_bytes,
 };
 use crate::source::Source;
 use clap::Parser;
@@ -19,11 +19,8 @@ pub(crate) struct Args {
     /// A layer file, or a config.v1.json
     #[arg(value_name = "FILE|CONFIG")]
     path: PathBuf,
-    /// Host-wide settings [default: /etc/overlaybd/overlaybd.json, which may be absent]
-    #[arg(long, value_name = "FILE")]
-    service_config: Option<PathBuf>,
     #[command(flatten)]
-    deadline: DeadlineArgs,
+    host: HostArgs,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -37,9 +34,9 @@ struct Examined {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let examined = if let Some(text) = read_if_config(&args.path, args.service_config.as_deref())? {
-        let service = args.service_config.as_deref();
-        let service = load_service_config_with(service, args.deadline.io_deadline)?;
+    let text = read_if_config(&args.path, args.host.service_config.as_deref())?;
+    let examined = if let Some(text) = text {
+        let service = args.host.service()?;
         let config = parse_image_config(&args.path, &text)?;
         let each = open_each(&config, &service);
         each.into_iter().zip(digests(&config)).map(examined).collect()
