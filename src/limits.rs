@@ -211,9 +211,9 @@ pub const SOCKET_PATH_BYTES_MAX: usize = 107;
 /// microseconds each.
 pub const SOCKET_LOCK_MS_MAX: u64 = 5000;
 
-/// Bytes of the entry of a device that is to be there after a reboot: four paths of at most 4096
-/// bytes, escaped, and some numbers.
-pub const PERSIST_BYTES_MAX: u64 = 128 * 1024;
+/// Bytes of the entry of a device that is to be there after a reboot: four paths and sixteen values
+/// of the environment, of at most 4096 bytes each, escaped (six for one), and some numbers.
+pub const PERSIST_BYTES_MAX: u64 = 512 * 1024;
 
 /// Devices that `restore` attaches at a time. Each opens its image with threads of its own and
 /// waits for the kernel meanwhile; more than this only queue up in the driver.

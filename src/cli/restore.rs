@@ -1,7 +1,8 @@
 //! `restore`: what was asked to persist is attached again, after a reboot.
 //!
 //! Each device is attached by a process of its own, in the folder in which it was attached first:
-//! relative paths in its config start there. A failure of one does not keep the others.
+//! relative paths in its config start there; with the cache, the credentials and the proxies of
+//! then. A failure of one does not keep the others.
 
 use super::args::{DeviceName, trusted_run_dir};
 use super::{output, own};
@@ -11,7 +12,7 @@ use crate::server::kernel::HostKernel;
 use crate::server::{self, Entry, PersistDir, Persisted, RunDir, Status, device_path};
 use serde_json::{Value, json};
 use std::ffi::OsString;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -159,16 +160,18 @@ fn mount_if_wanted(run: &RunDir, wanted: &Persisted) -> Result<()> {
 }
 
 fn attach(wanted: &Persisted) -> Result<()> {
-    let output = own::program()
-        .args(wanted.attach_arguments())
-        .current_dir(&wanted.folder)
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|error| {
-            let folder = wanted.folder.display();
-            Error::io(format!("start obd-ublk attach in {folder}"), &error)
-        })?;
+    let output = attach_command(wanted).output().map_err(|error| {
+        let folder = wanted.folder.display();
+        Error::io(format!("start obd-ublk attach in {folder}"), &error)
+    })?;
     own::outcome(&output).map(drop)
+}
+
+fn attach_command(wanted: &Persisted) -> Command {
+    let mut command = own::program();
+    command.args(wanted.attach_arguments()).current_dir(&wanted.folder).stdin(Stdio::null());
+    wanted.give_environment(&mut command);
+    command
 }
 
 fn outcome_json(outcome: &Outcome) -> Value {
@@ -208,6 +211,9 @@ fn conclude(mut outcomes: Vec<Outcome>) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::server::Order;
+    use std::ffi::OsStr;
+    use std::path::Path;
     use std::time::Duration;
 
     fn outcome(id: u32, kind: Option<ErrorKind>) -> Outcome {
@@ -226,6 +232,29 @@ mod tests {
         let error = conclude(all).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Canceled);
         assert_eq!(error.to_string(), "2 of 3 persisted devices were not attached: 2, 3");
+    }
+
+    #[test]
+    fn a_device_is_attached_in_the_folder_and_the_environment_of_its_first_attach() {
+        let order = Order {
+            config: "c.json".into(),
+            service_config: None,
+            id: None,
+            queues: None,
+            depth: 128,
+            request_bytes: 4096,
+            supervised: true,
+            upper: None,
+            quota_bytes: None,
+            io_deadline_s: None,
+        };
+        let entry = Persisted::new(3, &order, true, "/w".into(), None);
+        let command = attach_command(&entry);
+        assert_eq!(command.get_current_dir(), Some(Path::new("/w")));
+        let given: Vec<_> = command.get_envs().collect();
+        // This test was started with one.
+        let path = std::env::var_os("PATH");
+        assert!(given.contains(&(OsStr::new("PATH"), path.as_deref())), "{given:?}");
     }
 
     #[test]

@@ -5,23 +5,30 @@
 //!     N.json                     how to attach device N
 //! ```
 //!
-//! An entry is what was said on the command line, with absolute paths, and the folder in which
-//! it was said: relative paths in a config are taken from there. It is written to a temporary
-//! name, synced and renamed. Nobody but `attach --persist` writes one; `detach` removes it.
+//! An entry is what was said on the command line, with absolute paths, the folder in which it was
+//! said (relative paths in a config are taken from there), and what a server needs of the
+//! environment in which it was said. An address of a proxy may have a password in it, so that only
+//! the owner can read an entry; no report shows it. It is written to a temporary name, synced and
+//! renamed. Nobody but `attach --persist` writes one; `detach` removes it.
 
+use super::environment;
 use super::run_dir::{folder_of_host, parse_id};
 use super::serve::Order;
 use super::state::write_durably;
+use super::survey::is_config_at;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::image::is_reference;
 use crate::limits::PERSIST_BYTES_MAX;
 use crate::units::to_u64;
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{DirBuilder, File};
 use std::io::Read;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// The variable that moves the folder, for tests and for several instances on one host.
 pub const PERSIST_DIR_VARIABLE: &str = "OBD_UBLK_PERSIST_DIR";
@@ -45,7 +52,7 @@ pub struct Persisted {
     schema: u32,
     /// The number N of `/dev/ublkbN`.
     pub id: u32,
-    /// Absolute path of the config, or of the single layer.
+    /// Absolute path of the config, or of the single layer; or the reference of an image.
     pub config: PathBuf,
     /// Where relative paths in the config start.
     pub folder: PathBuf,
@@ -67,10 +74,15 @@ pub struct Persisted {
     /// How long a read of a layer in a registry may take, in seconds, if not the default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub io_deadline_s: Option<u64>,
+    /// What its server needs of the environment that it was attached in; empty in an entry of an
+    /// older version.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    environment: BTreeMap<String, String>,
 }
 
 impl Persisted {
-    /// The entry of device `id`, attached by `order` in the working folder `folder`.
+    /// The entry of device `id`, attached by `order` in the working folder `folder` and the
+    /// environment of this process.
     #[must_use]
     pub fn new(
         id: u32,
@@ -79,10 +91,11 @@ impl Persisted {
         folder: PathBuf,
         mount: Option<PathBuf>,
     ) -> Self {
+        let config = &order.config;
         Self {
             schema: SCHEMA,
             id,
-            config: folder.join(&order.config),
+            config: if is_reference(config) { config.clone() } else { folder.join(config) },
             service_config: order.service_config.as_ref().map(|path| folder.join(path)),
             folder,
             queues: order.queues,
@@ -92,7 +105,14 @@ impl Persisted {
             mount,
             quota_bytes: order.quota_bytes,
             io_deadline_s: order.io_deadline_s,
+            environment: environment::of_this_process(),
         }
+    }
+
+    /// Lets the command that attaches the device have what was kept of the environment, and nothing
+    /// of the sort from whoever restores it. An entry of an older version changes nothing.
+    pub fn give_environment(&self, command: &mut Command) {
+        environment::give(command, &self.environment);
     }
 
     /// The command line by which the device is attached, after the program's name.
@@ -247,11 +267,7 @@ impl PersistDir {
     /// # Errors
     /// As [`PersistDir::ids`].
     pub fn ids_of_config(&self, path: &Path) -> Result<Vec<u32>> {
-        let wanted = [std::path::absolute(path).ok(), std::fs::canonicalize(path).ok()];
-        let is_wanted = |config: &Path| {
-            let real = std::fs::canonicalize(config).ok();
-            wanted.iter().flatten().any(|path| path == config || Some(path) == real.as_ref())
-        };
+        let is_wanted = is_config_at(path);
         let names_it =
             |id: &u32| self.load(*id).ok().flatten().is_some_and(|entry| is_wanted(&entry.config));
         Ok(self.ids()?.into_iter().filter(names_it).collect())
@@ -278,7 +294,8 @@ fn parse(text: &[u8], id: u32) -> Result<Persisted> {
     if entry.id != id {
         return Err(corrupt(format!("id: found {}, expected {id}", entry.id)));
     }
-    let paths = [Some(&entry.config), Some(&entry.folder), entry.service_config.as_ref()];
+    let config = Some(&entry.config).filter(|config| !is_reference(config));
+    let paths = [config, Some(&entry.folder), entry.service_config.as_ref()];
     for path in paths.into_iter().chain([entry.mount.as_ref()]).flatten() {
         if !path.is_absolute() {
             return Err(corrupt(format!("path {}: expected an absolute one", path.display())));
@@ -361,6 +378,61 @@ mod tests {
         assert_eq!(persist.ids_of_config(Path::new("/w/c/-v.json")).unwrap(), [3, 10]);
         assert!(persist.remove(3).unwrap());
         assert_eq!(persist.ids().unwrap(), [9, 10]);
+    }
+
+    /// A device that was attached with a cache, credentials or a proxy of its own used to come back
+    /// after a reboot with those of whoever ran `restore`, or not at all.
+    #[test]
+    fn an_entry_keeps_the_environment_for_its_restore_and_for_the_owners_eyes_only() {
+        let (_folder, persist) = persist_dir();
+        let kept = [("DOCKER_CONFIG", "/c"), ("HTTPS_PROXY", "http://u:p@h")];
+        let kept = kept.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let wanted = Persisted { environment: BTreeMap::from(kept), ..entry(3) };
+        persist.prepare().unwrap();
+        // Of somebody who had edited the one before.
+        std::fs::write(persist.file(3), "{}").unwrap();
+        let readable = std::fs::Permissions::from_mode(0o644);
+        std::fs::set_permissions(persist.file(3), readable).unwrap();
+        persist.save(&wanted).unwrap();
+        assert_eq!(std::fs::metadata(persist.file(3)).unwrap().mode() & 0o7777, 0o600);
+        let loaded = persist.load(3).unwrap().unwrap();
+        assert_eq!(loaded, wanted);
+        let told_by = |entry: &Persisted| {
+            let mut command = Command::new("/usr/bin/env");
+            command.env_clear().env("NO_PROXY", "of somebody else").env("OTHER", "stays");
+            entry.give_environment(&mut command);
+            let told = String::from_utf8(command.output().unwrap().stdout).unwrap();
+            let mut lines: Vec<String> = told.lines().map(ToOwned::to_owned).collect();
+            lines.sort_unstable();
+            lines
+        };
+        assert_eq!(
+            told_by(&loaded),
+            ["DOCKER_CONFIG=/c", "HTTPS_PROXY=http://u:p@h", "OTHER=stays"]
+        );
+        // Of a version that kept none.
+        let mut older: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(persist.file(3)).unwrap()).unwrap();
+        older.as_object_mut().unwrap().remove("environment").unwrap();
+        std::fs::write(persist.file(3), older.to_string()).unwrap();
+        let older = persist.load(3).unwrap().unwrap();
+        assert_eq!(told_by(&older), ["NO_PROXY=of somebody else", "OTHER=stays"]);
+    }
+
+    /// The name of an image in a registry used to become a path below the working folder, from
+    /// which no restore could attach anything.
+    #[test]
+    fn a_reference_is_kept_as_it_was_said_and_found_by_itself() {
+        let (_folder, persist) = persist_dir();
+        let reference = Path::new("docker://reg.example.com:5000/img:v1");
+        let order = Order { config: reference.into(), ..order() };
+        let entry = Persisted::new(3, &order, true, "/w".into(), None);
+        persist.save(&entry).unwrap();
+        let loaded = persist.load(3).unwrap().unwrap();
+        assert_eq!(loaded.attach_arguments().last().unwrap(), reference);
+        assert_eq!(persist.ids_of_config(reference).unwrap(), [3]);
+        let other = Path::new("docker://reg.example.com:5000/img:v2");
+        assert!(persist.ids_of_config(other).unwrap().is_empty());
     }
 
     #[test]

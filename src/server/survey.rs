@@ -13,6 +13,7 @@ use super::served_disk::remove_ephemeral;
 use super::state::{Phase, State};
 use super::supervisor;
 use crate::error::{Error, ErrorKind, Result};
+use crate::image::is_reference;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -418,16 +419,26 @@ fn gave_up(run: &RunDir, id: u32, patience: Duration, last: Option<Error>) -> Er
     Error::new(ErrorKind::Timeout, message)
 }
 
+/// Whether a config is the one that somebody means by `path`, which may be relative, or lead there
+/// by links. A reference means itself.
+pub(super) fn is_config_at(path: &Path) -> impl Fn(&Path) -> bool {
+    let wanted = if is_reference(path) {
+        [Some(path.to_owned()), None]
+    } else {
+        [std::path::absolute(path).ok(), std::fs::canonicalize(path).ok()]
+    };
+    move |config| {
+        let real = std::fs::canonicalize(config).ok();
+        wanted.iter().flatten().any(|path| path == config || Some(path) == real.as_ref())
+    }
+}
+
 /// The numbers of our devices that were attached from the config at `path`.
 ///
 /// # Errors
 /// When the run folder cannot be read.
 pub fn devices_of_config(run: &RunDir, path: &Path) -> Result<Vec<u32>> {
-    let wanted = [std::path::absolute(path).ok(), std::fs::canonicalize(path).ok()];
-    let is_wanted = |config: &Path| {
-        let real = std::fs::canonicalize(config).ok();
-        wanted.iter().flatten().any(|path| path == config || Some(path) == real.as_ref())
-    };
+    let is_wanted = is_config_at(path);
     let mut found = Vec::new();
     for id in run.ids()? {
         // What cannot be understood cannot be what is meant.

@@ -366,7 +366,10 @@ fn a_config_names_its_devices_by_any_of_its_paths() {
     std::fs::write(world.config(), "{}").unwrap();
     let link = world.folder.path().join("link.json");
     std::os::unix::fs::symlink(world.config(), &link).unwrap();
-    for (id, config) in [(0, world.config()), (1, link.clone()), (2, "/other".into())] {
+    // A reference was taken for a path below the working folder: nothing was found by it.
+    let reference = PathBuf::from("docker://reg.example.com/img:v1");
+    let configs = [world.config(), link.clone(), "/other".into(), reference.clone()];
+    for (id, config) in (0..).zip(configs) {
         let slot = world.run.claim(id).unwrap().unwrap();
         State { config, ..sample(id) }.save(slot.path()).unwrap();
     }
@@ -376,6 +379,8 @@ fn a_config_names_its_devices_by_any_of_its_paths() {
         (link, vec![0, 1]),
         (dotted, vec![0, 1]),
         ("/other".into(), vec![2]),
+        (reference, vec![3]),
+        ("docker://reg.example.com/img:v2".into(), vec![]),
         ("/none".into(), vec![]),
     ] {
         assert_eq!(devices_of_config(&world.run, &path).unwrap(), ids, "{}", path.display());
