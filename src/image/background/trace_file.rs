@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   TRACE (0 bytes) --attach--> TRACE.lock appears --removed, or detach--> TRACE written, TRACE.ok
-//!   TRACE, or the file `trace` of an acceleration layer --attach--> replayed
+//!   TRACE, or the file `trace` in the `dir` of an acceleration layer --attach--> replayed
 //! ```
 
 use crate::error::{Error, ErrorKind, Result};
@@ -33,8 +33,11 @@ impl TraceWish {
     /// What is wrong with a trace is told and keeps nobody from reading the image.
     pub(super) fn of(config: &ImageConfig) -> Self {
         let wish = if config.acceleration_layer {
-            let layer = config.lowers.last().map(|layer| layer.dir.as_str()).unwrap_or_default();
-            load(&Path::new(layer).join(LAYER_TRACE), TRACE_BYTES_MAX).map(Self::Replay)
+            let Some(path) = trace_of_layer(config) else {
+                tracing::info!("no trace is replayed: the acceleration layer has no dir");
+                return Self::Nothing;
+            };
+            load(&path, TRACE_BYTES_MAX).map(Self::Replay)
         } else if config.record_trace_path.is_empty() {
             return Self::Nothing;
         } else {
@@ -57,6 +60,13 @@ impl TraceWish {
         }
         Recording::begin(path).map(Self::Record)
     }
+}
+
+/// The trace of the acceleration layer. `None` where that has no folder: in a registry it is an
+/// archive, which whoever pulls it unpacks there.
+fn trace_of_layer(config: &ImageConfig) -> Option<PathBuf> {
+    let layer = config.lowers.last().filter(|layer| !layer.dir.is_empty())?;
+    Some(Path::new(&layer.dir).join(LAYER_TRACE))
 }
 
 /// The trace in a file of so many bytes at most.
@@ -184,4 +194,25 @@ fn write_whole(file: &File, bytes: &[u8]) -> std::io::Result<()> {
     file.write_all_at(bytes, 0)?;
     file.set_len(to_u64(bytes.len()))?;
     file.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of a layer without a folder, which those of a reference are, a file `trace` in the working
+    /// folder used to be replayed.
+    #[test]
+    fn the_trace_of_a_layer_is_in_its_folder_and_nowhere_else() {
+        for (layer, expected) in [
+            (r#"{"digest": "sha256:b", "dir": "/l/2"}"#, Some("/l/2/trace")),
+            (r#"{"digest": "sha256:b"}"#, None),
+            (r#"{"file": "/l/2/layer", "dir": ""}"#, None),
+        ] {
+            let config =
+                format!(r#"{{"lowers": [{{"dir": "/l/1"}}, {layer}], "accelerationLayer": true}}"#);
+            let config = ImageConfig::parse(config.as_bytes()).unwrap();
+            assert_eq!(trace_of_layer(&config), expected.map(PathBuf::from), "{layer}");
+        }
+    }
 }
