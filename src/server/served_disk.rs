@@ -13,8 +13,8 @@ use crate::disk::{Disk, Geometry, Space, Worker};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::format::config::ImageConfig;
 use crate::image::{
-    Background, Image, LiveImage, LiveWorker, Reader, SparseImage, SparseImageWorker, UpperChoice,
-    WritableImage, load_service_config_with, open_each, parse_image_config,
+    Background, Image, LiveImage, LiveWorker, Reader, SparseImage, SparseImageWorker, Stack,
+    UpperChoice, WritableImage, load_service_config_with, parse_image_config,
 };
 use crate::source::{Place, RemoteUsage};
 use crate::upper::{self, Form, Pair, PairOptions, PairPaths, SparseUpper, Usage};
@@ -268,8 +268,7 @@ fn open_lowers(
         return Ok(None);
     }
     let service = load_service_config_with(service_config, io_deadline_s)?;
-    let layers: Result<Vec<_>> = open_each(config, &service).into_iter().collect();
-    let image = crate::image::Stack::from_layers(layers?)?.into_image()?;
+    let image = Stack::open(config, &service)?.into_image()?;
     image.begin_background(config, &service);
     Ok(Some(image))
 }
@@ -443,8 +442,10 @@ impl Ready {
         let Some((upper, paths)) = upper_of(state)? else {
             let anew = || {
                 let service = load_service_config_with(service, state.io_deadline_s)?;
-                let image = Image::open_text(&state.config, &text, &service)?;
-                image.begin_background(&parse_image_config(&state.config, &text)?, &service);
+                let config = parse_image_config(&state.config, &text)?;
+                let config = as_attached(config, &state.layers);
+                let image = Stack::open(&config, &service)?.into_image()?;
+                image.begin_background(&config, &service);
                 Ok(image)
             };
             let (image, from_parcel) = unpack_or(files, state, anew)?;
@@ -452,7 +453,8 @@ impl Ready {
         };
         // Taken whatever the rest is worth: the supervisor holds the same lock.
         let data = files.pop().map(File::from).filter(|data| check_upper(data, &upper).is_ok());
-        let mut config = ImageConfig::parse(&text).context(|| "parse the config".to_owned())?;
+        let config = ImageConfig::parse(&text).context(|| "parse the config".to_owned())?;
+        let mut config = as_attached(config, &state.layers);
         config.upper = None;
         if config.stack_lowers().is_empty() {
             let from_parcel = data.is_some();
@@ -466,7 +468,7 @@ impl Ready {
         Ok((Self::Writable { lowers: Some(lowers), paths, data }, from_parcel))
     }
 
-    /// Folders in which the disk will make files.
+    /// Folders and files that the disk goes on to need by their paths.
     pub(super) fn folders(&self) -> Vec<PathBuf> {
         match self {
             Self::ReadOnly(image) => image.folders(),
@@ -547,6 +549,22 @@ fn check_upper(data: &File, expected: &LayerFile) -> Result<()> {
     Err(Error::new(ErrorKind::Corrupt, message))
 }
 
+/// The config with its layers where they were at the attach. One that was elsewhere then stays
+/// there, though its file has come to be in its folder since, as it does when all of it has been
+/// fetched.
+fn as_attached(mut config: ImageConfig, layers: &[LayerFile]) -> ImageConfig {
+    let count = config.stack_lowers().len();
+    for lower in config.lowers.iter_mut().take(count).filter(|lower| !lower.digest.is_empty()) {
+        let candidates = lower.local_candidates();
+        let was_here = layers.iter().any(|layer| candidates.contains(&layer.path));
+        if !was_here && candidates.iter().any(|path| path.exists()) {
+            lower.file.clear();
+            lower.dir.clear();
+        }
+    }
+    config
+}
+
 /// The image in a parcel, or else the one that `anew` opens; and whether it was the first.
 fn unpack_or(
     files: ParcelFiles,
@@ -603,5 +621,42 @@ pub(super) fn remove_ephemeral(state: &State) {
     }
     if let Err(error) = upper::remove(&paths, &upper::journal_folder()) {
         tracing::warn!("{error:#}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A layer in a registry gets its file once all of it has been fetched. The successor of a
+    /// server that died after that found a layer that nobody had attached, and refused.
+    #[test]
+    fn a_layer_that_was_elsewhere_stays_there_though_its_file_has_come() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = |name: &str| {
+            let dir = folder.path().join(name);
+            std::fs::create_dir(&dir).unwrap();
+            dir
+        };
+        let (came, here, absent, trace) = (dir("came"), dir("here"), dir("absent"), dir("trace"));
+        for dir in [&came, &here, &trace] {
+            std::fs::write(dir.join("overlaybd.commit"), "layer").unwrap();
+        }
+        let path = here.join("overlaybd.commit");
+        let layers = [LayerFile::of(&path, &File::open(&path).unwrap()).unwrap()];
+        let config = serde_json::json!({
+            "lowers": [
+                {"digest": "sha256:1", "dir": came},
+                {"digest": "sha256:2", "dir": here},
+                {"digest": "sha256:3", "dir": absent},
+                {"dir": came},
+                {"digest": "sha256:4", "dir": trace},
+            ],
+            "accelerationLayer": true,
+        });
+        let config = ImageConfig::parse(config.to_string().as_bytes()).unwrap();
+        let found = as_attached(config, &layers);
+        let dirs: Vec<&Path> = found.lowers.iter().map(|lower| Path::new(&lower.dir)).collect();
+        assert_eq!(dirs, [Path::new(""), &here, &absent, &came, &trace]);
     }
 }
