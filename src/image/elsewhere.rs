@@ -9,13 +9,15 @@ use super::layer::Layer;
 use super::single::{DOCKER, LAYOUT};
 use crate::cache::{BlobDigest, Cache, CachedBlob, Settings};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::format::config::{CredentialConfig, LowerConfig, ServiceConfig};
+use crate::format::config::{CredentialConfig, ImageConfig, LowerConfig, ServiceConfig};
 use crate::limits::{OPEN_HEAD_BYTES, OPEN_TAIL_BYTES, RESOLVE_SECONDS_MAX};
 use crate::registry::{CredentialSource, Options, Platform, Registry, Secret, open_layout};
 use crate::source::{RemoteBlob, Source};
 use crate::units::to_u64;
 use serde_json::json;
+use std::ffi::{OsStr, OsString};
 use std::ops::Range;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -68,34 +70,86 @@ pub fn cache_settings(service: &ServiceConfig) -> Settings {
     let quota_bytes = service.cache_config.cache_size_gb.saturating_mul(1 << 30);
     let defaults = Settings::default();
     let deadline = service.io_deadline_seconds.map_or(defaults.deadline, Duration::from_secs);
-    Settings { folder: cache_folder(), quota_bytes, deadline, ..defaults }
+    Settings {
+        folder: cache_folder(|name| std::env::var_os(name)),
+        quota_bytes,
+        deadline,
+        ..defaults
+    }
 }
 
 /// What finding the addresses of hosts goes on to need. In a container each of these may be a mount
-/// of its own; a link may lead elsewhere.
+/// of its own.
 const RESOLVER_FILES: [&str; 3] = ["/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf"];
 
-/// Where overlaybd keeps credentials if nothing else is said.
-const CREDENTIALS_DEFAULT: &str = "/opt/overlaybd/cred.json";
+/// Variables that name what certificates are checked with.
+const AUTHORITY_VARIABLES: [&str; 2] = ["SSL_CERT_FILE", "SSL_CERT_DIR"];
 
-/// Folders and files that reading a layer from a registry goes on to need.
-#[must_use]
-pub fn folders() -> Vec<PathBuf> {
-    let named = RESOLVER_FILES.into_iter().chain([CREDENTIALS_DEFAULT]).map(PathBuf::from);
-    let real = |path: PathBuf| [std::fs::canonicalize(&path).ok(), Some(path)];
-    let all = [cache_folder()].into_iter().chain(docker_folder()).chain(named);
-    all.flat_map(real).flatten().collect()
+/// Variables that name where a credential helper finds what is its own.
+const HELPER_VARIABLES: [&str; 2] = ["HOME", "XDG_RUNTIME_DIR"];
+
+/// How the names of credential helpers begin.
+const HELPER_PREFIX: &[u8] = b"docker-credential-";
+
+/// Folders and files that reading the layers of an image from registries goes on to need, by the
+/// names that they will be asked for. Not all of them need exist.
+pub(super) fn needed(config: &ImageConfig, service: &ServiceConfig) -> Vec<PathBuf> {
+    needed_with(config, service, |name| std::env::var_os(name))
 }
 
-fn cache_folder() -> PathBuf {
-    let moved = std::env::var_os(CACHE_DIR_VARIABLE).filter(|path| !path.is_empty());
+fn needed_with(
+    config: &ImageConfig,
+    service: &ServiceConfig,
+    variable: impl Fn(&str) -> Option<OsString>,
+) -> Vec<PathBuf> {
+    let named = |name: &&str| variable(name).filter(|it| !it.is_empty()).map(PathBuf::from);
+    let mut needed = vec![cache_folder(&variable)];
+    // A layer's folder gets the layer's file when all of it is here.
+    let far = config.stack_lowers().iter().filter(|lower| !lower.digest.is_empty());
+    needed.extend(far.filter_map(|lower| path(&lower.dir)));
+    for source in credentials(service).into_iter().chain(docker_file(&variable)) {
+        match source {
+            CredentialSource::File(path) | CredentialSource::Socket { path, .. } => {
+                needed.push(path);
+            }
+            CredentialSource::Http { ca_file, client_certificate, .. } => {
+                let pair = client_certificate.into_iter().flat_map(|(one, two)| [one, two]);
+                needed.extend(ca_file.into_iter().chain(pair));
+            }
+        }
+    }
+    let cert = &service.cert_config;
+    needed.extend([&cert.cert_file, &cert.key_file].into_iter().filter_map(|it| path(it)));
+    needed.extend(AUTHORITY_VARIABLES.iter().filter_map(named));
+    let helpers = helper_folders(&variable("PATH").unwrap_or_default());
+    if !helpers.is_empty() {
+        needed.extend(HELPER_VARIABLES.iter().filter_map(named));
+    }
+    needed.extend(helpers);
+    needed.extend(RESOLVER_FILES.map(PathBuf::from));
+    needed
+}
+
+/// The folders of the search path that hold credential helpers.
+fn helper_folders(search_path: &OsStr) -> Vec<PathBuf> {
+    let is_helper = |name: OsString| name.as_bytes().starts_with(HELPER_PREFIX);
+    let has_helper = |folder: &PathBuf| {
+        let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+        entries.map(|entry| entry.file_name()).any(is_helper)
+    };
+    std::env::split_paths(search_path).filter(|it| it.is_absolute()).filter(has_helper).collect()
+}
+
+fn cache_folder(variable: impl Fn(&str) -> Option<OsString>) -> PathBuf {
+    let moved = variable(CACHE_DIR_VARIABLE).filter(|path| !path.is_empty());
     moved.map_or_else(|| Settings::default().folder, PathBuf::from)
 }
 
 /// Where docker keeps its credentials.
-fn docker_folder() -> Option<PathBuf> {
-    let named = |name| std::env::var_os(name).filter(|path| !path.is_empty()).map(PathBuf::from);
-    named("DOCKER_CONFIG").or_else(|| named("HOME").map(|home| home.join(".docker")))
+fn docker_file(variable: impl Fn(&str) -> Option<OsString>) -> Option<CredentialSource> {
+    let named = |name| variable(name).filter(|path| !path.is_empty()).map(PathBuf::from);
+    let folder = named("DOCKER_CONFIG").or_else(|| named("HOME").map(|home| home.join(".docker")));
+    folder.map(|folder| CredentialSource::File(folder.join("config.json")))
 }
 
 /// The way to registries, and what is kept of them.
@@ -253,7 +307,7 @@ fn fill_ends(blob: &CachedBlob) -> Result<()> {
 fn options(service: &ServiceConfig) -> Options {
     let plain = std::env::var(PLAIN_HTTP_VARIABLE).unwrap_or_default();
     let plain = plain.split(',').map(str::trim).filter(|host| !host.is_empty());
-    let docker = docker_folder().map(|folder| CredentialSource::File(folder.join("config.json")));
+    let docker = docker_file(|name| std::env::var_os(name));
     let p2p = &service.p2p_config;
     Options {
         user_agent: service.user_agent.clone(),
@@ -303,4 +357,73 @@ pub(super) fn nowhere(looked: &str) -> Error {
     let message =
         format!("no local file (looked at {looked}), and no repoBlobUrl to fetch it from");
     Error::new(ErrorKind::NotFound, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A server keeps only the mounts that it needs. A credential that came later, or the file of a
+    /// layer that was complete, used to be lost where its folder was a mount of its own.
+    #[test]
+    fn everything_that_is_looked_for_later_is_needed() {
+        let folder = tempfile::tempdir().unwrap();
+        let (helpers, others) = (folder.path().join("helpers"), folder.path().join("others"));
+        for (folder, name) in [(&helpers, "docker-credential-x"), (&others, "docker-compose")] {
+            std::fs::create_dir(folder).unwrap();
+            std::fs::write(folder.join(name), "").unwrap();
+        }
+        let config = br#"{"lowers": [{"digest": "sha256:1", "dir": "/layers/1"},
+            {"file": "/here", "dir": "/layers/2"}, {"digest": "sha256:3"}]}"#;
+        let config = ImageConfig::parse(config).unwrap();
+        let needed_of = |service: &str, variables: &[(&str, &str)]| {
+            let service = ServiceConfig::parse(service.as_bytes()).unwrap();
+            needed_with(&config, &service, |name| {
+                let found = variables.iter().find(|(known, _)| *known == name);
+                found.map(|(_, value)| value.into())
+            })
+        };
+        let search = format!("{}:relative:{}", others.display(), helpers.display());
+        let helpers = helpers.to_str().unwrap();
+        let https = r#"{"credentialConfig": {"mode": "https", "path": "https://c/",
+            "server_ca_path": "/ca", "client_cert_path": "/cert", "client_key_path": "/key"},
+            "certConfig": {"certFile": "/own-cert", "keyFile": "/own-key"}}"#;
+        for (service, variables, expected) in [
+            (
+                "{}",
+                vec![("HOME", "/h"), ("PATH", "/none:relative")],
+                vec![
+                    crate::cache::FOLDER_DEFAULT,
+                    "/layers/1",
+                    "/opt/overlaybd/cred.json",
+                    "/h/.docker/config.json",
+                ],
+            ),
+            (
+                r#"{"credentialFilePath": "/c/cred"}"#,
+                vec![("HOME", "/h"), ("DOCKER_CONFIG", "/d"), ("SSL_CERT_FILE", "/ca.pem")],
+                vec![
+                    crate::cache::FOLDER_DEFAULT,
+                    "/layers/1",
+                    "/c/cred",
+                    "/d/config.json",
+                    "/ca.pem",
+                ],
+            ),
+            (
+                r#"{"credentialConfig": {"mode": "uds", "path": "/run/c.sock"}}"#,
+                vec![("OBD_UBLK_CACHE_DIR", "/cache"), ("HOME", "/h"), ("PATH", &search)],
+                vec!["/cache", "/layers/1", "/run/c.sock", "/h/.docker/config.json", "/h", helpers],
+            ),
+            (
+                https,
+                vec![("OBD_UBLK_CACHE_DIR", "/cache")],
+                vec!["/cache", "/layers/1", "/ca", "/cert", "/key", "/own-cert", "/own-key"],
+            ),
+        ] {
+            let expected = expected.into_iter().chain(RESOLVER_FILES).map(PathBuf::from);
+            let expected: Vec<PathBuf> = expected.collect();
+            assert_eq!(needed_of(service, &variables), expected, "{service}");
+        }
+    }
 }

@@ -37,7 +37,7 @@ mod writable;
 pub use background::Background;
 pub use check::{LayerReport, check_layers, work_bytes};
 #[cfg(feature = "registry")]
-pub use elsewhere::{cache_settings, folders as folders_elsewhere};
+pub use elsewhere::cache_settings;
 pub use identity::LayerIdentity;
 pub use layer::{Layer, LayerKind};
 pub use live::{LiveImage, LiveWorker};

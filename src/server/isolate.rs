@@ -18,7 +18,7 @@ use std::ops::Range;
 use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 fn told(action: &'static str) -> impl Fn(nix::Error) -> Error {
     move |errno| Error::io(action, &errno.into())
@@ -107,20 +107,51 @@ pub(super) fn own_mounts_in_folder() -> Result<()> {
 }
 
 /// Takes out of the process's own mount namespace (see [`own_mounts`]) what serving does not need:
-/// all but the root, `/dev`, `/proc`, `/sys`, the way to systemd, and what `needed` lies on.
-/// Everything else must be open.
+/// all but the root, `/dev`, `/proc`, `/sys`, the way to systemd, and what `needed` and the links
+/// on the way there lie on. Everything else must be open.
 ///
 /// # Errors
 /// When the mounts cannot be listed.
 pub(super) fn drop_mounts(needed: &[&Path]) -> Result<()> {
     let mounts = std::fs::read("/proc/thread-self/mountinfo")
         .map_err(|error| Error::io("read /proc/thread-self/mountinfo", &error))?;
+    let needed: Vec<PathBuf> = needed.iter().flat_map(|path| way_to(path)).collect();
     // Later mounts may lie on earlier ones.
-    for point in mount_points(&mounts).iter().rev().filter(|point| !is_needed(point, needed)) {
+    for point in mount_points(&mounts).iter().rev().filter(|point| !is_needed(point, &needed)) {
         // Gone with a mount that it lay on, or hidden below another one: nobody can reach it.
         let _ = umount2(point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
     }
     Ok(())
+}
+
+/// What has to be reachable for `path` to be: each link on the way, and where they lead in the end.
+/// What does not exist yet leads to where it may come to be.
+fn way_to(path: &Path) -> Vec<PathBuf> {
+    let mut way = Vec::new();
+    let mut wanted = path.to_owned();
+    while way.len() < LINKS_MAX {
+        let mut front = PathBuf::new();
+        let mut parts = wanted.components();
+        let link = loop {
+            match parts.next() {
+                None => break None,
+                Some(Component::ParentDir) => {
+                    front.pop();
+                }
+                Some(part) => front.push(part),
+            }
+            if let Ok(target) = std::fs::read_link(&front) {
+                break Some(target);
+            }
+        };
+        way.push(front.clone());
+        let Some(target) = link else { break };
+        front.pop();
+        front.push(target);
+        front.push(parts.as_path());
+        wanted = front;
+    }
+    way
 }
 
 /// As [`drop_mounts`] for a server that needs its run folder and `folders`.
@@ -150,6 +181,9 @@ pub(super) fn join_first_mounts(run: &Path) {
     }
     let _ = std::env::set_current_dir("/");
 }
+
+/// Links that are followed to one name, as the kernel does.
+const LINKS_MAX: usize = 40;
 
 /// Tells the kernel how little to think of killing this process when memory runs out, from -1000
 /// (never) to 1000. A wish: it needs CAP_SYS_RESOURCE to go below what was inherited.
@@ -239,11 +273,14 @@ fn cgroup2_root(mountinfo: &[u8]) -> Option<PathBuf> {
     })
 }
 
-fn is_needed(point: &Path, needed: &[&Path]) -> bool {
+fn is_needed(point: &Path, needed: &[PathBuf]) -> bool {
     // The last two: to have a supervisor started where systemd rules.
-    let system = ["/dev", "/proc", "/sys", "/run/systemd/private", "/usr/bin"].map(Path::new);
+    let mut system =
+        ["/dev", "/proc", "/sys", "/run/systemd/private", "/usr/bin"].into_iter().map(Path::new);
     // A container's `/dev` may be a patchwork of mounts, one per node.
-    point.starts_with("/dev") || system.iter().chain(needed).any(|path| path.starts_with(point))
+    point.starts_with("/dev")
+        || system.any(|path| path.starts_with(point))
+        || needed.iter().any(|path| path.starts_with(point))
 }
 
 /// The mount points in the text of a `mountinfo` file, in its order.
@@ -315,8 +352,30 @@ mod tests {
             ("/mnt", false),
             ("/device", false),
         ] {
-            assert_eq!(is_needed(Path::new(point), &[run]), needed, "{point}");
+            assert_eq!(is_needed(Path::new(point), &[run.into()]), needed, "{point}");
         }
+    }
+
+    /// `/etc/resolv.conf` is a link into `/run` on many hosts, and a file of credentials one out of
+    /// and into folders that may each be a mount.
+    #[test]
+    fn the_mounts_of_all_links_on_the_way_stay() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().canonicalize().unwrap();
+        let at = |name: &str| root.join(name);
+        for name in ["a", "b", "c"] {
+            std::fs::create_dir(at(name)).unwrap();
+        }
+        let link = |name: &str, target: &Path| {
+            std::os::unix::fs::symlink(target, at(name)).unwrap();
+        };
+        link("a/one", Path::new("../b/./two"));
+        link("b/two", &at("c"));
+        link("loop", Path::new("loop"));
+        assert_eq!(way_to(&at("a/one/later.json")), [at("a/one"), at("b/two"), at("c/later.json")]);
+        assert_eq!(way_to(&at("d/x/../y")), [at("d/y")]);
+        assert_eq!(way_to(Path::new("/..")), [Path::new("/")]);
+        assert_eq!(way_to(&at("loop")).len(), LINKS_MAX);
     }
 
     #[test]

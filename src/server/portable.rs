@@ -27,7 +27,7 @@ pub(super) trait Kept: Send + Sync + fmt::Debug {
         None
     }
 
-    /// Folders in which it goes on to make files.
+    /// Folders and files that it goes on to need by their paths.
     fn folders(&self) -> Vec<PathBuf> {
         Vec::new()
     }
@@ -68,13 +68,8 @@ impl Kept for Image {
         Ok(std::iter::once(map).chain(layers).collect())
     }
 
-    /// Of an image with layers in a registry, those of the cache and of credentials.
     fn folders(&self) -> Vec<PathBuf> {
-        #[cfg(feature = "registry")]
-        let elsewhere = self.may_wait().then(crate::image::folders_elsewhere);
-        #[cfg(not(feature = "registry"))]
-        let elsewhere: Option<Vec<PathBuf>> = None;
-        self.background_folders().into_iter().chain(elsewhere.into_iter().flatten()).collect()
+        self.needed_paths()
     }
 
     fn close(&self) -> Result<()> {

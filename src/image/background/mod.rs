@@ -49,6 +49,8 @@ struct Shared {
     touches: Touches,
     recording: Option<Recording>,
     log: Option<TouchLog>,
+    /// What the layers elsewhere go on to need.
+    needed: Vec<PathBuf>,
 }
 
 impl Background {
@@ -74,7 +76,8 @@ impl Background {
             trace = log.as_ref().and_then(TouchLog::load);
         }
         let touches = Touches::new(payloads.iter().map(Payload::bytes));
-        let shared = Arc::new(Shared { stop: Stop::default(), touches, recording, log });
+        let needed = if blobs.is_empty() { Vec::new() } else { needed(config, service) };
+        let shared = Arc::new(Shared { stop: Stop::default(), touches, recording, log, needed });
         if let Some(trace) = trace.filter(|_| !blobs.is_empty()) {
             let wished =
                 to_usize(u64::from(service.prefetch_config.concurrency)).unwrap_or(usize::MAX);
@@ -110,9 +113,10 @@ impl Background {
         }
     }
 
-    /// Folders in which files are made at the end.
-    pub(super) fn folders(&self) -> Vec<PathBuf> {
-        self.shared.recording.iter().filter_map(Recording::folder).collect()
+    /// Folders in which files are made at the end, and what layers elsewhere go on to need.
+    pub(super) fn needed(&self) -> Vec<PathBuf> {
+        let recorded = self.shared.recording.iter().filter_map(Recording::folder);
+        recorded.chain(self.shared.needed.iter().cloned()).collect()
     }
 }
 
@@ -213,10 +217,11 @@ impl Image {
         self.parts.background.get().cloned()
     }
 
-    /// Folders in which that makes files at its end.
+    /// Folders and files that a served image goes on to need by their paths, besides its layers:
+    /// those in which it makes files, and those of its layers elsewhere (the cache, credentials).
     #[must_use]
-    pub fn background_folders(&self) -> Vec<PathBuf> {
-        self.parts.background.get().map_or(Vec::new(), |background| background.folders())
+    pub fn needed_paths(&self) -> Vec<PathBuf> {
+        self.parts.background.get().map_or(Vec::new(), |background| background.needed())
     }
 }
 
@@ -228,6 +233,14 @@ fn touch_logs(service: &ServiceConfig) -> Option<PathBuf> {
 #[cfg(not(feature = "registry"))]
 fn touch_logs(_service: &ServiceConfig) -> Option<PathBuf> {
     None
+}
+
+#[cfg(feature = "registry")]
+use super::elsewhere::needed;
+
+#[cfg(not(feature = "registry"))]
+fn needed(_config: &ImageConfig, _service: &ServiceConfig) -> Vec<PathBuf> {
+    Vec::new()
 }
 
 #[cfg(test)]

@@ -154,7 +154,7 @@ fn a_trace_is_recorded_until_its_lock_is_removed_and_replayed_from_then_on() {
     let (image, _far) = far_image();
     begin(&image, &wish, None);
     assert!(path("t.lock").exists() && !path("t.ok").exists());
-    assert_eq!(image.background_folders(), [folder.path().canonicalize().unwrap()]);
+    assert_eq!(image.needed_paths()[0], folder.path().canonicalize().unwrap());
     read(&image, 1000, 8);
     read(&image, 0, 4096);
     std::fs::remove_file(path("t.lock")).unwrap();
