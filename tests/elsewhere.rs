@@ -20,6 +20,7 @@ use obd_ublk::registry::Digest;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -416,6 +417,64 @@ fn a_read_fails_within_the_deadline_that_was_asked_for() {
     }
     let usage = world.run(&["export", "--io-deadline", "0", config]);
     assert_eq!(usage.status.code(), Some(64));
+}
+
+/// Attached again, or by a successor, an image whose config has no sizes used to ask the registry
+/// for the length of each layer, though all of it was here: it could not come back while the
+/// registry was down.
+#[test]
+fn a_layer_that_is_here_is_read_without_its_size_though_the_registry_is_gone() {
+    let disk = disk_of(3 << 20, 30);
+    for is_whole in [false, true] {
+        let world = World::new();
+        let mut lower = world.push_blob(layer_of(&disk));
+        lower.as_object_mut().unwrap().remove("size").unwrap();
+        let config = world.config(&[lower]);
+        let config = config.to_str().unwrap();
+        assert!(world.run(&["export", config]).stdout == disk, "{is_whole}");
+        if is_whole {
+            assert!(world.run(&["prefetch", config]).status.success());
+        }
+        world.mock.fail(Part::Blob, u64::MAX, Fault::status(500));
+        let requests = world.mock.count(Part::Blob);
+        for command in ["export", "prefetch", "export"] {
+            let output = world.run(&[command, "--io-deadline", "2", config]);
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "{command} {is_whole}: {said}");
+            assert!(command != "export" || output.stdout == disk, "{is_whole}");
+        }
+        assert_eq!(world.mock.count(Part::Blob), requests, "{is_whole}");
+    }
+}
+
+/// The length that the cache tells is that of the file, and a file may have been cut.
+#[test]
+fn a_layer_without_a_size_whose_file_was_cut_is_fetched_instead() {
+    let disk = disk_of(3 << 20, 31);
+    let layer = layer_of(&disk);
+    for left in [0, 512, 1 << 20, layer.len() - 1] {
+        let world = World::new();
+        let mut lower = world.push_blob(layer.clone());
+        lower.as_object_mut().unwrap().remove("size").unwrap();
+        let config = world.config(std::slice::from_ref(&lower));
+        let config = config.to_str().unwrap();
+        assert!(world.run(&["prefetch", config]).status.success());
+        let hex = lower["digest"].as_str().unwrap().strip_prefix("sha256:").unwrap();
+        let whole = world.path("cache").join("whole").join(hex);
+        fs::set_permissions(&whole, fs::Permissions::from_mode(0o600)).unwrap();
+        let file = fs::File::options().write(true).open(&whole).unwrap();
+        file.set_len(u64::try_from(left).unwrap()).unwrap();
+        let output = world.run(&["export", config]);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{left}: {said}");
+        assert!(output.stdout == disk, "{left}");
+        // When nobody can be asked, what is left is no other disk. (The very last byte is padding.)
+        world.mock.fail(Part::Blob, u64::MAX, Fault::status(404));
+        let output = world.run(&["export", config]);
+        let is_whole = output.stdout == disk;
+        assert_eq!(output.status.success(), is_whole, "{left}");
+        assert_eq!(is_whole, left == layer.len() - 1, "{left}");
+    }
 }
 
 /// A server that ends when this is dropped.

@@ -203,6 +203,14 @@ impl Cache {
         Ok(CachedBlob::new(slot, fetch))
     }
 
+    /// How long a blob is, as far as what is kept of it tells; nobody is asked. Blocks for a few
+    /// system calls. A plain file that was cut since it was checked tells another length than the
+    /// blob's: to be asked for elsewhere when the content turns out wrong.
+    #[must_use]
+    pub fn known_bytes(&self, digest: &BlobDigest) -> Option<u64> {
+        self.shared.folder.as_ref().and_then(|folder| folder.known_bytes(digest))
+    }
+
     /// The counters of all blobs that are open in this process, together.
     #[must_use]
     pub fn stats(&self) -> Stats {

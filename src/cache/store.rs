@@ -140,6 +140,20 @@ impl Folder {
         self.make_pair(digest, extents, &lock).context(action).map(Opened::Partial)
     }
 
+    /// How long a blob is, by what is kept of it: the plain file, or a pair in which something is
+    /// stored, which nothing is where the registry has the blob in another length. `None` when that
+    /// tells nothing.
+    pub(super) fn known_bytes(&self, digest: &BlobDigest) -> Option<u64> {
+        let bytes_of = |file: File| file.metadata().ok().map(|metadata| metadata.len());
+        let whole = open_regular(&self.whole_path(digest)).ok().and_then(bytes_of);
+        if let Some(bytes) = whole.filter(|bytes| *bytes > 0) {
+            return Some(bytes);
+        }
+        let header = read_header(&self.sidecar(digest).ok()?).ok()?.ok()?;
+        let is_stored = holds_bytes(&self.data_path(digest)).ok()?;
+        (header.digest == *digest && is_stored).then(|| header.extents.blob_bytes())
+    }
+
     /// The plain file. One of another length is refused: a config says how long a blob is, and one
     /// that is wrong is more likely than a file that was cut, which `fsck` finds.
     fn open_whole(&self, digest: &BlobDigest, bytes: u64) -> Result<Option<MappedFile>> {

@@ -173,27 +173,49 @@ impl Elsewhere {
         Ok(Self { registry, cache: Cache::open_or_bypass(settings), patience })
     }
 
-    /// The bytes of a layer. Its head and its tail are fetched at once, if they are not here:
-    /// opening it needs little more.
+    /// Opens a layer. Its head and its tail are fetched at once, if they are not here: opening it
+    /// needs little more.
     ///
     /// # Errors
-    /// `InvalidConfig` for a digest or a URL that cannot be; why the blob cannot be had.
-    pub(super) fn open(&self, lower: &LowerConfig, repo_blob_url: &str) -> Result<Source> {
+    /// `InvalidConfig` for a digest or a URL that cannot be; why the blob cannot be had; as
+    /// [`Layer::open_sealed`].
+    pub(super) fn open(&self, lower: &LowerConfig, repo_blob_url: &str) -> Result<Layer> {
         let blob = self.blob(lower, repo_blob_url)?;
-        fill_ends(&blob)?;
-        Ok(Source::Remote(Arc::new(blob)))
+        let bytes = blob.bytes();
+        let error = match open_ends(&lower.digest, blob) {
+            Err(error) if is_wrong(&error) && lower.size == 0 => error,
+            opened => return opened,
+        };
+        // A plain file in the cache that was cut since it was checked has told a wrong length.
+        match self.blob_of(lower, repo_blob_url, None) {
+            Ok(blob) if blob.bytes() != bytes => open_ends(&lower.digest, blob),
+            Ok(_) | Err(_) => Err(error),
+        }
     }
 
-    /// The blob of a layer, of which nothing is fetched yet, but its length where nobody told it.
+    /// The blob of a layer, of which nothing is fetched yet. Its length is the config's, else that
+    /// of what is here already (so that nobody need be asked for a layer that is all here), else
+    /// the registry's.
     ///
     /// # Errors
-    /// As [`Elsewhere::open`].
+    /// As [`Elsewhere::open`], but for the layer.
     pub(super) fn blob(&self, lower: &LowerConfig, repo_blob_url: &str) -> Result<CachedBlob> {
+        let told = Some(lower.size).filter(|size| *size > 0);
+        let kept = || self.cache.known_bytes(&BlobDigest::parse(&lower.digest).ok()?);
+        self.blob_of(lower, repo_blob_url, told.or_else(kept))
+    }
+
+    /// As [`Elsewhere::blob`] for a blob of so many bytes; without, the registry is asked.
+    fn blob_of(
+        &self,
+        lower: &LowerConfig,
+        repo_blob_url: &str,
+        bytes: Option<u64>,
+    ) -> Result<CachedBlob> {
         let url = Some(lower.repo_blob_url.as_str()).filter(|url| !url.is_empty());
         let deadline = Instant::now() + self.patience;
-        let size = Some(lower.size).filter(|size| *size > 0);
         let url = url.unwrap_or(repo_blob_url);
-        let blob = self.registry.blob(url, &lower.digest, size, deadline)?;
+        let blob = self.registry.blob(url, &lower.digest, bytes, deadline)?;
         let digest = BlobDigest::parse(&lower.digest)?;
         let blob = self.cache.blob(&digest, Arc::new(blob))?;
         if !lower.dir.is_empty() {
@@ -204,30 +226,35 @@ impl Elsewhere {
     }
 }
 
+/// Fetches both ends of a blob and opens the layer that it is.
+fn open_ends(name: &str, blob: CachedBlob) -> Result<Layer> {
+    fill_ends(&blob)?;
+    open_layer(name, Arc::new(blob))
+}
+
+/// Whether the bytes came, and their structure is not that of a layer.
+fn is_wrong(error: &Error) -> bool {
+    [ErrorKind::Corrupt, ErrorKind::Integrity, ErrorKind::InvalidFormat].contains(&error.kind())
+}
+
 /// Opens a layer. One whose structure is wrong, though its bytes came, is fetched once more where
 /// it was looked at.
 ///
 /// # Errors
 /// As [`Layer::open_sealed`].
-pub(super) fn open_layer(name: &str, source: Source) -> Result<Layer> {
-    let open = |source| Layer::open_sealed(name.to_owned(), source);
-    let Source::Remote(blob) = &source else { return open(source) };
-    let blob = Arc::clone(blob);
-    let error = match open(source) {
-        Ok(layer) => return Ok(layer),
-        Err(error) => error,
+fn open_layer(name: &str, blob: Arc<dyn RemoteBlob>) -> Result<Layer> {
+    let open = |blob| Layer::open_sealed(name.to_owned(), Source::Remote(blob));
+    let error = match open(Arc::clone(&blob)) {
+        Err(error) if is_wrong(&error) => error,
+        opened => return opened,
     };
-    let is_wrong = [ErrorKind::Corrupt, ErrorKind::Integrity, ErrorKind::InvalidFormat];
-    if !is_wrong.contains(&error.kind()) {
-        return Err(error);
-    }
     // Once more, of the same bytes, to learn which ones they are.
     let seen = Arc::new(Seen { blob, ranges: Mutex::default(), failed: AtomicBool::new(false) });
-    let _ = open(Source::Remote(Arc::clone(&seen) as Arc<dyn RemoteBlob>));
+    let _ = open(Arc::clone(&seen) as Arc<dyn RemoteBlob>);
     if !seen.discard_all() {
         return Err(error);
     }
-    open(Source::Remote(Arc::clone(&seen.blob)))
+    open(Arc::clone(&seen.blob))
 }
 
 /// A blob that notes what is read of it.

@@ -212,17 +212,19 @@ impl<'a> Finder<'a> {
     }
 
     fn open(&self, number: usize, lower: &LowerConfig) -> Result<Layer> {
-        let (name, source) = match find_lower(lower).context(|| format!("open layer {number}"))? {
-            Found::Here(path) => (path.display().to_string(), Source::open(&path)),
+        let (name, layer) = match find_lower(lower).context(|| format!("open layer {number}"))? {
+            Found::Here(path) => {
+                let name = path.display().to_string();
+                let source = Source::open(&path);
+                (name.clone(), source.and_then(|source| Layer::open_sealed(name, source)))
+            }
             Found::Nowhere(looked) => (lower.digest.clone(), self.fetch(lower, &looked)),
         };
-        source
-            .and_then(|source| open_layer(&name, source))
-            .context(|| format!("open layer {number} ({name})"))
+        layer.context(|| format!("open layer {number} ({name})"))
     }
 
     #[cfg(feature = "registry")]
-    fn fetch(&self, lower: &LowerConfig, looked: &str) -> Result<Source> {
+    fn fetch(&self, lower: &LowerConfig, looked: &str) -> Result<Layer> {
         use super::elsewhere::{Elsewhere, nowhere};
         let url = &self.config.repo_blob_url;
         if url.is_empty() && lower.repo_blob_url.is_empty() {
@@ -236,7 +238,7 @@ impl<'a> Finder<'a> {
     }
 
     #[cfg(not(feature = "registry"))]
-    fn fetch(&self, lower: &LowerConfig, looked: &str) -> Result<Source> {
+    fn fetch(&self, lower: &LowerConfig, looked: &str) -> Result<Layer> {
         let Self { nothing: _ } = self;
         let message = format!(
             "no local file (looked at {looked}), and this program was built without registries to \
@@ -245,14 +247,6 @@ impl<'a> Finder<'a> {
         );
         Err(Error::new(ErrorKind::Unsupported, message))
     }
-}
-
-#[cfg(feature = "registry")]
-use super::elsewhere::open_layer;
-
-#[cfg(not(feature = "registry"))]
-fn open_layer(name: &str, source: Source) -> Result<Layer> {
-    Layer::open_sealed(name.to_owned(), source)
 }
 
 /// Where a layer is.
