@@ -127,7 +127,12 @@ impl Slot {
             // That it still cannot be opened was told when it could not be at first.
             let is_known = matches!(&**old, Residence::Nothing);
             let opened = self.shared.open(&self.digest, self.extents, is_known);
+            let was_whole = matches!(&**old, Residence::Whole(_));
             self.residence.store(Arc::new(opened));
+            if was_whole {
+                // What comes in its place is to be checked and promoted as well.
+                self.promotion_asked.store(false, Ordering::Release);
+            }
         }
         self.reopening.store(false, Ordering::Release);
     }

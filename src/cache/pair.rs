@@ -25,6 +25,9 @@ use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 
+/// Records that are read at a time, when those of all extents are: 1 MiB.
+pub(super) const RECORDS_AT_ONCE: u64 = 1 << 16;
+
 /// A blob that is here in part.
 #[derive(Debug)]
 pub(super) struct Pair {
@@ -140,6 +143,29 @@ impl Pair {
             }
         }
         Ok(looked)
+    }
+
+    /// Takes note of extents that another process threw away since this one found them right: they
+    /// are missing here, too, and looked at again at their next use. How many they are.
+    ///
+    /// # Errors
+    /// When the sidecar cannot be read.
+    pub(super) fn look_for_lost(&self) -> io::Result<u64> {
+        let count = self.header.extents.count();
+        let (mut at, mut lost) = (0, 0);
+        while at < count {
+            let piece = at..at.saturating_add(RECORDS_AT_ONCE).min(count);
+            at = piece.end;
+            for (extent, record) in piece.clone().zip(self.records(&piece)?) {
+                // A record is written before the state is set, so none is missed that is new.
+                let is_filled = matches!(record, Record::Filled(_));
+                if !is_filled && self.states.are_here(&(extent..extent + 1)) {
+                    self.states.set_missing(extent);
+                    lost += 1;
+                }
+            }
+        }
+        Ok(lost)
     }
 
     /// The checksum of what the data file holds of an extent.

@@ -1,13 +1,22 @@
 //! A complete blob: checked against its sha256, made durable, and given a name as a plain file.
 //!
 //! The plain file is the data file under another name, so nothing is copied and who has it mapped
-//! goes on. It is read and synced without any claim; then all extents are claimed for the moment
-//! in which it gets its name, so that nobody is writing into what was checked.
+//! goes on. It is read and synced without any claim, and nobody waits for that:
+//!
+//! ```text
+//!   for each piece: its records, its bytes; are they what the records say?  --no--> quarantine
+//!   claim all extents: nobody writes now
+//!   are the records still those of the bytes that were hashed?  --no--> busy, once more later
+//!   right digest: sync, name       wrong: what was fetched was wrong, all of it goes
+//! ```
+//!
+//! Whoever writes an extent writes its record as well, so an extent that was repaired or fetched
+//! once more between the hash and the claim has another record, unless its bytes are the same.
 
 use super::claim;
 use super::digest::BlobDigest;
 use super::faults::DiskStep;
-use super::pair::Pair;
+use super::pair::{Pair, RECORDS_AT_ONCE};
 use super::sidecar::Record;
 use super::store::{Folder, sync_folder};
 use crate::error::{Error, ErrorKind, Result};
@@ -16,14 +25,12 @@ use crate::units::{to_u64, to_usize};
 use sha2::{Digest, Sha256};
 use std::fs::{File, Permissions};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 /// Bytes that are read and hashed at a time.
 const PIECE_BYTES: u64 = 1 << 20;
-
-/// Records that are read at a time, when a complete blob is to be found out.
-const RECORDS_AT_ONCE: u64 = 1 << 16;
 
 /// What became of a blob that should be complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,19 +68,25 @@ pub(super) fn promote(folder: &Folder, pair: &Pair) -> Result<Promotion> {
     if !is_same || promotion.is_none() || pair.is_retired().map_err(named)? {
         return Ok(Promotion::Busy);
     }
-    if !is_filled(pair).map_err(named)? {
+    if records_of(pair).map_err(named)?.is_none() {
         return Ok(Promotion::Incomplete);
     }
-    if sha256_of(pair.data().file(), pair.extents().blob_bytes()).map_err(named)? != digest {
-        return throw_away(folder, pair, &claims);
-    }
+    let (found, records) = match hash(pair).map_err(named)? {
+        Hashed::All { blob, records } => (blob, records),
+        Hashed::Incomplete => return Ok(Promotion::Incomplete),
+        Hashed::Damaged => return throw_damaged_away(pair, &claims),
+    };
     pair.sync().map_err(named)?;
     let all = 0..pair.extents().count();
     let Some(_claim) = claim::try_extents(&claims, &all).map_err(named)? else {
         return Ok(Promotion::Busy);
     };
-    if pair.is_retired().map_err(named)? || !is_filled(pair).map_err(named)? {
+    // What was hashed is what is here only if no extent was written since.
+    if pair.is_retired().map_err(named)? || records_of(pair).map_err(named)? != Some(records) {
         return Ok(Promotion::Busy);
+    }
+    if found != digest {
+        return throw_all_away(folder, pair, &digest);
     }
     // Once more, now that nobody can write: an extent may have been repaired since, with the same
     // bytes. Nothing is left to write as a rule.
@@ -82,18 +95,68 @@ pub(super) fn promote(folder: &Folder, pair: &Pair) -> Result<Promotion> {
     Ok(Promotion::Done)
 }
 
-/// Whether every extent has a record.
-fn is_filled(pair: &Pair) -> io::Result<bool> {
+/// What a look at all bytes found.
+enum Hashed {
+    /// Every extent is what its record says: the digest of the blob, and that of the records.
+    All { blob: BlobDigest, records: RecordsDigest },
+    /// An extent has no record any more.
+    Incomplete,
+    /// An extent is not what its record says, or was just written.
+    Damaged,
+}
+
+/// The records of all extents, in short: two of them are alike if each extent had the same bytes.
+type RecordsDigest = [u8; 32];
+
+/// Reads all records; `None` when an extent has none.
+fn records_of(pair: &Pair) -> io::Result<Option<RecordsDigest>> {
     let count = pair.extents().count();
+    let mut hash = Sha256::new();
     let mut at = 0;
     while at < count {
         let piece = at..at.saturating_add(RECORDS_AT_ONCE).min(count);
         at = piece.end;
-        if !pair.records(&piece)?.iter().all(|record| matches!(record, Record::Filled(_))) {
-            return Ok(false);
-        }
+        let Some(checksums) = checksums_of(pair, &piece)? else { return Ok(None) };
+        checksums.iter().for_each(|checksum| hash.update(checksum.to_le_bytes()));
     }
-    Ok(true)
+    Ok(Some(hash.finalize().into()))
+}
+
+/// What the records of some extents say; `None` when one of them has none.
+fn checksums_of(pair: &Pair, extents: &Range<u64>) -> io::Result<Option<Vec<u64>>> {
+    let records = pair.records(extents)?.into_iter();
+    let filled = records.map(|record| match record {
+        Record::Filled(checksum) => Some(checksum),
+        Record::Empty | Record::Torn | Record::Quarantined(_) => None,
+    });
+    Ok(filled.collect())
+}
+
+/// Reads all bytes, and compares each extent with its record. Blocks for as long as that takes.
+fn hash(pair: &Pair) -> io::Result<Hashed> {
+    let extents = pair.extents();
+    let extent_bytes = to_usize(extents.extent_bytes()).unwrap_or(usize::MAX);
+    let (mut blob, mut records) = (Sha256::new(), Sha256::new());
+    let mut bytes = Vec::new();
+    let mut at = 0;
+    while at < extents.count() {
+        let piece = at..at.saturating_add(extents.in_bytes(PIECE_BYTES)).min(extents.count());
+        at = piece.end;
+        // Before the bytes: who writes them in between changes the record for good.
+        let Some(checksums) = checksums_of(pair, &piece)? else { return Ok(Hashed::Incomplete) };
+        let place = extents.bytes_of(&piece);
+        bytes.resize(to_usize(place.end - place.start).unwrap_or(0), 0);
+        pair.data().file().read_exact_at(&mut bytes, place.start)?;
+        for ((extent, content), checksum) in piece.zip(bytes.chunks(extent_bytes)).zip(checksums) {
+            if pair.header().checksum(extent, content) != checksum {
+                return Ok(Hashed::Damaged);
+            }
+            records.update(checksum.to_le_bytes());
+        }
+        blob.update(&bytes);
+    }
+    let blob = BlobDigest::new(blob.finalize().into());
+    Ok(Hashed::All { blob, records: records.finalize().into() })
 }
 
 /// The sha256 of so many bytes of a file. Blocks for as long as reading them takes.
@@ -132,19 +195,26 @@ fn give_name(folder: &Folder, pair: &Pair, digest: &BlobDigest) -> Result<()> {
     folder.remove_pair(digest, &lock)
 }
 
-/// All is here and it is not the blob: which extents are damaged? None: all were fetched wrong.
-fn throw_away(folder: &Folder, pair: &Pair, claims: &File) -> Result<Promotion> {
-    let digest = pair.header().digest;
+/// All is here and something is not what its record says.
+fn throw_damaged_away(pair: &Pair, claims: &File) -> Result<Promotion> {
     let damaged = quarantine_damaged(pair, claims)?;
-    if damaged > 0 {
-        tracing::warn!(%digest, damaged, "a complete blob had damaged extents");
-        return Ok(Promotion::Damaged(damaged));
+    if damaged == 0 {
+        // It was being repaired when it was looked at.
+        return Ok(Promotion::Busy);
     }
+    let digest = pair.header().digest;
+    tracing::warn!(%digest, damaged, "a complete blob had damaged extents");
+    Ok(Promotion::Damaged(damaged))
+}
+
+/// Every extent is as it was fetched, and all together they are not the blob. The caller has all
+/// claims.
+fn throw_all_away(folder: &Folder, pair: &Pair, digest: &BlobDigest) -> Result<Promotion> {
     let lock = folder.lock()?;
     if pair.is_retired().map_err(|error| Error::io("look at the sidecar", &error))? {
         return Ok(Promotion::Busy);
     }
-    folder.remove_pair(&digest, &lock)?;
+    folder.remove_pair(digest, &lock)?;
     drop(lock);
     tracing::error!(%digest, "all bytes were fetched and have another digest: thrown away");
     Ok(Promotion::Condemned)
@@ -167,6 +237,7 @@ pub(super) fn quarantine_damaged(pair: &Pair, claims: &File) -> Result<u64> {
         let Some(Record::Filled(expected)) = record else { continue };
         if pair.checksum_of(extent, &mut scratch)? != expected {
             pair.quarantine(extent, &claim).map_err(named)?;
+            pair.states().set_missing(extent);
             damaged += 1;
         }
     }

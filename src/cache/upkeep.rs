@@ -7,6 +7,8 @@ use super::promote::{Commit, Promotion, commit_into, promote};
 use super::stats::count;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::CACHE_POLL_MS_MAX;
+use crate::source::MappedFile;
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -24,6 +26,11 @@ impl CachedBlob {
         loop {
             let residence = slot.residence.load_full();
             let promotion = match &*residence {
+                // Another process found it damaged and removed it.
+                Residence::Whole(file) if !slot.is_named(file) => {
+                    slot.reopen(&residence);
+                    Promotion::Incomplete
+                }
                 Residence::Whole(_) => {
                     slot.commit();
                     return Ok(Promotion::Done);
@@ -61,7 +68,7 @@ impl Slot {
                 if was_used {
                     touch(file.file());
                 }
-                file.file().metadata().is_ok_and(|metadata| metadata.nlink() == 0)
+                !self.is_named(file)
             }
             Residence::Partial(pair) => {
                 if was_used {
@@ -126,6 +133,7 @@ impl Slot {
             return Ok(Promotion::Incomplete);
         };
         let promotion = promote(folder, pair)?;
+        let failed = |error| Error::io(format!("look for {}", self.digest), &error);
         match promotion {
             Promotion::Done => {
                 count(&self.counters.promoted, 1);
@@ -138,9 +146,28 @@ impl Slot {
                 self.condemned.fetch_add(1, Ordering::AcqRel);
                 self.reopen(residence);
             }
+            Promotion::Incomplete if pair.states().is_complete() => {
+                // This process believes in extents that another one has thrown away.
+                let lost = pair.look_for_lost().map_err(failed)?;
+                if lost > 0 {
+                    tracing::info!(digest = %self.digest, lost, "thrown away by another process");
+                }
+            }
             Promotion::Incomplete | Promotion::Busy => {}
         }
         Ok(promotion)
+    }
+
+    /// Whether a plain file is still the one in the folder: it may live on under another name, that
+    /// of an `overlaybd.commit`. Where that cannot be told it is.
+    fn is_named(&self, file: &MappedFile) -> bool {
+        let Some(folder) = &self.shared.folder else { return true };
+        let found = std::fs::symlink_metadata(folder.whole_path(&self.digest));
+        match (found, file.file().metadata()) {
+            (Ok(named), Ok(open)) => (named.dev(), named.ino()) == (open.dev(), open.ino()),
+            (Err(error), _) => error.kind() != io::ErrorKind::NotFound,
+            (_, Err(_)) => true,
+        }
     }
 
     /// Puts the plain file where it is wanted too. Each folder is tried once.

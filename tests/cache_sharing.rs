@@ -1,0 +1,210 @@
+//! What one process must not take for granted while another one works on the same blob: that what
+//! was hashed is what gets a name, that what was here still is.
+
+// Helpers stand outside `#[test]` functions, where clippy.toml allows these.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "cache/source.rs"]
+mod source;
+
+use obd_ublk::cache::{Cache, CachedBlob, Commit, DiskFaults, DiskStep, Maintenance, Promotion};
+use obd_ublk::source::{Fetch, RemoteBlob};
+use source::{Blob, open, quiet};
+use std::fmt;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+const EXTENT: usize = 4096;
+
+fn blob_in(cache: &Cache, blob: &Arc<Blob>) -> CachedBlob {
+    cache.blob(&blob.digest, Arc::clone(blob) as Arc<dyn Fetch>).unwrap()
+}
+
+fn check_read(cached: &CachedBlob, blob: &Blob, at: usize, length: usize) {
+    let mut found = vec![0; length];
+    cached.read(u64::try_from(at).unwrap(), &mut found).unwrap();
+    assert!(found == blob.bytes[at..at + length], "{length} bytes at {at}");
+}
+
+fn maintenance(folder: &Path) -> Maintenance {
+    Maintenance::open(&quiet(folder, 4096)).unwrap()
+}
+
+fn whole_path(folder: &Path, blob: &Blob) -> PathBuf {
+    folder.join("whole").join(blob.digest.hex())
+}
+
+fn damage(folder: &Path, blob: &Blob, at: u64) {
+    let path = folder.join("partial").join(format!("{}.data", blob.digest.hex()));
+    let file = std::fs::File::options().write(true).open(path).unwrap();
+    file.write_all_at(b"damage", at).unwrap();
+}
+
+/// Does something in front of the first sync: after all was hashed, before it is committed.
+struct Meanwhile(Mutex<Option<Box<dyn FnOnce() + Send>>>);
+
+impl fmt::Debug for Meanwhile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Meanwhile")
+    }
+}
+
+impl DiskFaults for Meanwhile {
+    fn before(&self, step: DiskStep) -> io::Result<()> {
+        if step == DiskStep::Sync {
+            let act = self.0.lock().unwrap().take();
+            act.into_iter().for_each(|act| act());
+        }
+        Ok(())
+    }
+}
+
+/// Promotes the blob in `folder`; `act` happens between its hash and its commit.
+fn promote_while(folder: &Path, blob: &Blob, act: impl FnOnce() + Send + 'static) -> Promotion {
+    let faults = Some(Arc::new(Meanwhile(Mutex::new(Some(Box::new(act))))) as _);
+    let settings = obd_ublk::cache::Settings { faults, ..quiet(folder, 4096) };
+    Maintenance::open(&settings).unwrap().promote(&blob.digest).unwrap()
+}
+
+/// Another reader finds an extent wrong between the hash and the commit, and what comes in its
+/// place is wrong: it was hashed as it had been, and got its name as it was then.
+#[test]
+fn an_extent_that_is_fetched_once_more_after_the_hash_is_not_promoted_unseen() {
+    let folder = tempfile::tempdir().unwrap();
+    let blob = Blob::new(50, 6 * EXTENT, EXTENT);
+    let other = blob_in(&open(folder.path(), 4096), &blob);
+    check_read(&other, &blob, 0, 6 * EXTENT);
+    let (fetched, reader) = (Arc::clone(&blob), blob_in(&open(folder.path(), 4096), &blob));
+    check_read(&reader, &blob, 0, 6 * EXTENT);
+    let found = promote_while(folder.path(), &blob, move || {
+        fetched.lies.store(1, Ordering::Relaxed);
+        assert!(reader.discard(4096, 10));
+        reader.read(4096, &mut [0; EXTENT]).unwrap();
+    });
+    assert_eq!(found, Promotion::Busy);
+    assert!(!whole_path(folder.path(), &blob).exists());
+    assert_eq!(blob.times(), [1, 2, 1, 1, 1, 1]);
+    // The next look hashes what is there now.
+    let maintenance = maintenance(folder.path());
+    assert_eq!(maintenance.promote(&blob.digest).unwrap(), Promotion::Condemned);
+    assert!(!whole_path(folder.path(), &blob).exists());
+}
+
+#[test]
+fn an_extent_that_is_repaired_after_the_hash_with_the_same_bytes_changes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let blob = Blob::new(51, 6 * EXTENT, EXTENT);
+    let reader = blob_in(&open(folder.path(), 4096), &blob);
+    check_read(&reader, &blob, 0, 6 * EXTENT);
+    let repaired = Arc::clone(&blob);
+    let found = promote_while(folder.path(), &blob, move || {
+        assert!(reader.discard(4096, 10));
+        check_read(&reader, &repaired, 4096, EXTENT);
+    });
+    assert_eq!(found, Promotion::Done);
+    assert_eq!(std::fs::read(whole_path(folder.path(), &blob)).unwrap(), blob.bytes);
+}
+
+#[test]
+fn an_extent_that_is_thrown_away_after_the_hash_is_missing() {
+    let folder = tempfile::tempdir().unwrap();
+    let blob = Blob::new(52, 6 * EXTENT, EXTENT);
+    let reader = blob_in(&open(folder.path(), 4096), &blob);
+    check_read(&reader, &blob, 0, 6 * EXTENT);
+    let found = promote_while(folder.path(), &blob, move || assert!(reader.discard(0, 10)));
+    assert_eq!(found, Promotion::Busy);
+    let maintenance = maintenance(folder.path());
+    assert_eq!(maintenance.promote(&blob.digest).unwrap(), Promotion::Incomplete);
+}
+
+/// What was wrong when it was hashed and right a moment later was thrown away as a whole, as if the
+/// registry had another blob under that name.
+#[test]
+fn a_blob_that_is_made_right_after_the_hash_is_not_condemned() {
+    let folder = tempfile::tempdir().unwrap();
+    let blob = Blob::new(53, 6 * EXTENT, EXTENT);
+    let reader = blob_in(&open(folder.path(), 4096), &blob);
+    blob.lies.store(1, Ordering::Relaxed);
+    reader.read(0, &mut [0; 6 * EXTENT]).unwrap();
+    let repaired = Arc::clone(&blob);
+    let found = promote_while(folder.path(), &blob, move || {
+        assert!(reader.discard(0, 10));
+        check_read(&reader, &repaired, 0, 6 * EXTENT);
+    });
+    assert_eq!(found, Promotion::Busy);
+    let maintenance = maintenance(folder.path());
+    assert_eq!(maintenance.promote(&blob.digest).unwrap(), Promotion::Done);
+    assert_eq!(std::fs::read(whole_path(folder.path(), &blob)).unwrap(), blob.bytes);
+    assert_eq!(blob.fetched_extents(), 7);
+}
+
+/// `prefetch` had looked at all extents, another process threw one away, and `prefetch` went round
+/// and round: all was here by its own word, and nothing could be promoted.
+#[test]
+fn what_another_process_threw_away_is_fetched_by_who_believed_that_all_is_here() {
+    let folder = tempfile::tempdir().unwrap();
+    let blob = Blob::new(54, 6 * EXTENT, EXTENT);
+    let (puller, reader) =
+        (blob_in(&open(folder.path(), 4096), &blob), blob_in(&open(folder.path(), 4096), &blob));
+    puller.fill(0..6 * 4096).unwrap();
+    check_read(&reader, &blob, 0, 6 * EXTENT);
+    assert!(reader.discard(2 * 4096, 4097));
+    assert!(puller.is_complete(), "it does not know");
+    check_read(&puller, &blob, 0, 6 * EXTENT);
+    let soon = Instant::now() + Duration::from_secs(60);
+    assert_eq!(puller.promote(soon).unwrap(), Promotion::Incomplete);
+    assert!(!puller.is_complete() && !puller.is_here(3 * 4096, 1) && puller.is_here(0, 8192));
+    puller.fill(0..6 * 4096).unwrap();
+    assert_eq!(puller.promote(soon).unwrap(), Promotion::Done);
+    assert_eq!(blob.times(), [1, 1, 2, 2, 1, 1]);
+    check_read(&reader, &blob, 0, 6 * EXTENT);
+    check_read(&puller, &blob, 0, 6 * EXTENT);
+}
+
+#[test]
+fn damage_that_another_process_finds_is_repaired_by_who_believed_in_the_extent() {
+    let folder = tempfile::tempdir().unwrap();
+    let blob = Blob::new(55, 6 * EXTENT, EXTENT);
+    let puller = blob_in(&open(folder.path(), 4096), &blob);
+    puller.fill(0..6 * 4096).unwrap();
+    damage(folder.path(), &blob, 4096);
+    let checked = maintenance(folder.path()).check(true).unwrap();
+    assert_eq!(checked.extents_bad, [(blob.digest, 1)]);
+    let soon = Instant::now() + Duration::from_secs(60);
+    assert_eq!(puller.promote(soon).unwrap(), Promotion::Incomplete);
+    puller.fill(0..6 * 4096).unwrap();
+    assert_eq!(puller.promote(soon).unwrap(), Promotion::Done);
+    check_read(&puller, &blob, 0, 6 * EXTENT);
+    assert_eq!(blob.times(), [1, 2, 1, 1, 1, 1]);
+}
+
+#[test]
+fn a_blob_that_another_process_evicted_or_removed_is_fetched_anew_by_a_pull() {
+    for is_whole in [false, true] {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let blob = Blob::new(56, 6 * EXTENT, EXTENT);
+        let soon = Instant::now() + Duration::from_secs(60);
+        let maintenance = maintenance(folder.path());
+        let puller = blob_in(&open(folder.path(), 4096), &blob);
+        puller.fill(0..6 * 4096).unwrap();
+        if is_whole {
+            assert_eq!(puller.promote(soon).unwrap(), Promotion::Done);
+            // It opens the plain file, which then has a name elsewhere, too.
+            assert_eq!(puller.promote(soon).unwrap(), Promotion::Done);
+            let commit = maintenance.commit_into(&blob.digest, dir.path()).unwrap();
+            assert_eq!(commit, Commit::Made);
+        }
+        assert!(maintenance.remove(&blob.digest, true).unwrap());
+        check_read(&puller, &blob, 0, 6 * EXTENT);
+        assert_eq!(puller.promote(soon).unwrap(), Promotion::Incomplete, "{is_whole}");
+        puller.fill(0..6 * 4096).unwrap();
+        assert_eq!(puller.promote(soon).unwrap(), Promotion::Done, "{is_whole}");
+        assert_eq!(std::fs::read(whole_path(folder.path(), &blob)).unwrap(), blob.bytes);
+        assert_eq!(blob.times(), [2; 6], "{is_whole}");
+    }
+}
