@@ -305,6 +305,14 @@ pub const CACHE_STREAMS_MAX: usize = 8;
 /// into, 8 MiB of buffers.
 pub const CACHE_THREADS_MAX: usize = 8;
 
+/// Fetches ahead of reads that one blob has under way at a time, by those threads, replays and
+/// downloads together: of the requests that it may have, a quarter is left to reads, which so never
+/// wait for one of these to end.
+pub const CACHE_AHEAD_AT_ONCE_MAX: usize = 12;
+const _: () = assert!(CACHE_AHEAD_AT_ONCE_MAX < BLOB_REQUESTS_AT_ONCE_MAX);
+// One fetch of the cache is one request.
+const _: () = assert!(CACHE_JOIN_BYTES_MAX <= REGISTRY_PIECE_BYTES_MAX);
+
 /// Jobs that wait for those threads: two windows for each of eight readers. One more is dropped,
 /// and what it would have brought is fetched when it is needed.
 pub const CACHE_JOBS_MAX: usize = 128;

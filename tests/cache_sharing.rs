@@ -1,5 +1,6 @@
 //! What one process must not take for granted while another one works on the same blob: that what
-//! was hashed is what gets a name, that what was here still is.
+//! was hashed is what gets a name, that what was here still is; and what the background must leave
+//! to reads.
 
 // Helpers stand outside `#[test]` functions, where clippy.toml allows these.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -8,14 +9,16 @@
 mod source;
 
 use obd_ublk::cache::{Cache, CachedBlob, Commit, DiskFaults, DiskStep, Maintenance, Promotion};
+use obd_ublk::error::Result;
+use obd_ublk::limits::{BLOB_REQUESTS_AT_ONCE_MAX, CACHE_AHEAD_AT_ONCE_MAX};
 use obd_ublk::source::{Fetch, RemoteBlob};
-use source::{Blob, open, quiet};
+use source::{Blob, eventually, open, quiet};
 use std::fmt;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 const EXTENT: usize = 4096;
@@ -207,4 +210,102 @@ fn a_blob_that_another_process_evicted_or_removed_is_fetched_anew_by_a_pull() {
         assert_eq!(std::fs::read(whole_path(folder.path(), &blob)).unwrap(), blob.bytes);
         assert_eq!(blob.times(), [2; 6], "{is_whole}");
     }
+}
+
+/// A registry with so many places for one blob, as `registry::Blob` has them, where whatever begins
+/// in the second half of the blob hangs until the door is opened.
+#[derive(Debug)]
+struct Hanging {
+    blob: Arc<Blob>,
+    places: Mutex<usize>,
+    bell: Condvar,
+    is_open: AtomicBool,
+}
+
+impl Hanging {
+    fn wait_until(&self, is_so: impl Fn(&mut usize) -> bool) {
+        let mut places = self.places.lock().unwrap();
+        while !is_so(&mut places) {
+            places = self.bell.wait(places).unwrap();
+        }
+    }
+
+    fn free_places(&self) -> usize {
+        *self.places.lock().unwrap()
+    }
+
+    fn open_the_door(&self) {
+        let _places = self.places.lock().unwrap();
+        self.is_open.store(true, Ordering::Relaxed);
+        self.bell.notify_all();
+    }
+}
+
+impl Fetch for Hanging {
+    fn name(&self) -> &str {
+        self.blob.name()
+    }
+
+    fn bytes(&self) -> u64 {
+        self.blob.bytes()
+    }
+
+    fn fetch(&self, offset_bytes: u64, dst: &mut [u8], deadline: Instant) -> Result<()> {
+        let take = |places: &mut usize| {
+            let rest = places.checked_sub(1);
+            *places = rest.unwrap_or(*places);
+            rest.is_some()
+        };
+        self.wait_until(take);
+        if offset_bytes >= self.bytes() / 2 {
+            self.wait_until(|_| self.is_open.load(Ordering::Relaxed));
+        }
+        let fetched = self.blob.fetch(offset_bytes, dst, deadline);
+        *self.places.lock().unwrap() += 1;
+        self.bell.notify_all();
+        fetched
+    }
+
+    fn cancel(&self) {}
+}
+
+/// A replay, a download and the readahead of one blob could have all its requests under way, so
+/// that a read of something else of it waited until one of them ended.
+#[test]
+fn a_read_goes_through_while_all_that_is_fetched_ahead_hangs() {
+    let folder = tempfile::tempdir().unwrap();
+    let blob = Blob::new(57, 128 * EXTENT, EXTENT);
+    let hanging = Arc::new(Hanging {
+        blob: Arc::clone(&blob),
+        places: Mutex::new(BLOB_REQUESTS_AT_ONCE_MAX),
+        bell: Condvar::new(),
+        is_open: AtomicBool::new(false),
+    });
+    let cache = open(folder.path(), 4096);
+    let cached = cache.blob(&blob.digest, Arc::clone(&hanging) as Arc<dyn Fetch>).unwrap();
+    let canceled = cache.blob(&blob.digest, Arc::clone(&hanging) as Arc<dyn Fetch>).unwrap();
+    std::thread::scope(|scope| {
+        // So many that those of the background alone would take every place.
+        let ahead = |number: u64| {
+            let at = (64 + 2 * number) * 4096;
+            let cached = &cached;
+            scope.spawn(move || cached.fetch_ahead(at..at + 4096))
+        };
+        let fetching: Vec<_> = (0..20).map(ahead).collect();
+        let left = BLOB_REQUESTS_AT_ONCE_MAX - CACHE_AHEAD_AT_ONCE_MAX;
+        eventually("as many as may be", || hanging.free_places() == left);
+        // Who waits for a place and goes away waits no more.
+        let gone = scope.spawn(|| canceled.fetch_ahead(127 * 4096..128 * 4096));
+        canceled.cancel();
+        assert!(gone.join().unwrap().is_err());
+        check_read(&cached, &blob, 0, 10 * EXTENT);
+        check_read(&cached, &blob, 20 * EXTENT, EXTENT);
+        assert_eq!(hanging.free_places(), left, "and no more than that were under way");
+        hanging.open_the_door();
+        for fetched in fetching {
+            fetched.join().unwrap().unwrap();
+        }
+    });
+    check_read(&cached, &blob, 64 * EXTENT, 64 * EXTENT);
+    assert_eq!(hanging.free_places(), BLOB_REQUESTS_AT_ONCE_MAX);
 }

@@ -11,12 +11,15 @@ use super::discard::Discards;
 use super::extent_set::{Extents, next_missing};
 use super::fill::{Brought, Filler, Patience, Purpose};
 use super::flight::{Begun, Flights, Outcome, Ticket, lock};
+use super::line::{Line, Place};
 use super::pair::Pair;
 use super::readahead::Readahead;
 use super::stats::{Counters, Stats, count};
 use super::store::Opened;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::limits::{CACHE_AHEAD_BYTES_MAX, CACHE_COMMITS_MAX, CACHE_JOIN_BYTES_MAX};
+use crate::limits::{
+    CACHE_AHEAD_AT_ONCE_MAX, CACHE_AHEAD_BYTES_MAX, CACHE_COMMITS_MAX, CACHE_JOIN_BYTES_MAX,
+};
 use crate::source::{Fetch, MappedFile, RemoteBlob, RemoteUsage};
 use crate::units::{to_u64, to_usize};
 use arc_swap::ArcSwap;
@@ -65,6 +68,8 @@ pub(super) struct Slot {
     pub(super) residence: ArcSwap<Residence>,
     pub(super) counters: Counters,
     pub(super) flights: Flights,
+    /// Who fetches ahead, whoever asked for it.
+    ahead: Line,
     planner: Mutex<Readahead>,
     patience: Patience,
     reopening: AtomicBool,
@@ -102,6 +107,7 @@ impl Slot {
             residence: ArcSwap::from_pointee(residence),
             counters: Counters::default(),
             flights: Flights::default(),
+            ahead: Line::new(CACHE_AHEAD_AT_ONCE_MAX),
             planner: Mutex::new(Readahead::new(extents.count(), extents.extent_bytes())),
             patience: Patience::new(),
             reopening: AtomicBool::new(false),
@@ -207,25 +213,49 @@ impl Slot {
         brought
     }
 
-    /// Fetches extents ahead of a reader, as long as nothing is in the way.
-    fn fetch_ahead(self: &Arc<Self>, fetch: &dyn Fetch, extents: Range<u64>) -> Result<()> {
-        let deadline = Instant::now() + self.shared.settings.deadline;
+    /// Fetches extents ahead of a reader, as long as nothing is in the way. With `waits` it waits
+    /// for its turn, until that is set; without, what has no place now is not fetched.
+    fn fetch_ahead(
+        self: &Arc<Self>,
+        fetch: &dyn Fetch,
+        extents: Range<u64>,
+        waits: Option<&AtomicBool>,
+    ) -> Result<()> {
         let residence = self.residence.load_full();
         let Some(pair) = residence.pair() else { return Ok(()) };
-        let filler = self.filler(Some(pair), fetch, (Purpose::Ahead, &NEVER), deadline);
         let mut at = extents.start;
         while at < extents.end {
             let is_here = |extent| pair.states().are_here(&(extent..extent + 1));
             let run = next_missing(at..extents.end, self.join_max(), is_here);
             let Some(run) = run else { break };
             at = run.end;
+            // Before the flight begins: who joins it waits for a fetch, not for a place.
+            let Some(_place) = self.place_ahead(waits)? else { break };
             let Begun::Mine(ticket) = self.flights.begin(run, 0) else { continue };
             at = ticket.extents().end;
+            let deadline = Instant::now() + self.shared.settings.deadline;
+            let filler = self.filler(Some(pair), fetch, (Purpose::Ahead, &NEVER), deadline);
             if !matches!(self.fly(ticket, &residence, &filler)?, Brought::Here) {
                 break;
             }
         }
         Ok(())
+    }
+
+    /// A place among those who fetch ahead; `None` when there is none and it is not waited for.
+    fn place_ahead(&self, waits: Option<&AtomicBool>) -> Result<Option<Place<'_>>> {
+        let Some(is_canceled) = waits else {
+            let place = self.ahead.try_enter();
+            count(&self.counters.ahead_dropped, u64::from(place.is_none()));
+            return Ok(place);
+        };
+        let deadline = Instant::now() + self.shared.settings.deadline;
+        let place = self.ahead.enter(is_canceled, deadline);
+        if place.is_none() && is_canceled.load(Ordering::Relaxed) {
+            return Err(canceled());
+        }
+        let late = || Error::new(ErrorKind::Timeout, "others fetch ahead for too long");
+        place.ok_or_else(late).map(Some)
     }
 }
 
@@ -502,7 +532,7 @@ impl CachedBlob {
             let job = move || {
                 if let Some(slot) = weak.upgrade() {
                     // Who needs it finds out what is wrong.
-                    let _ = slot.fetch_ahead(&*fetch, piece);
+                    let _ = slot.fetch_ahead(&*fetch, piece, None);
                 }
             };
             if !slot.shared.pool.push(Box::new(job)) {
@@ -593,7 +623,8 @@ impl RemoteBlob for CachedBlob {
         if !self.slot.shared.gate.is_open() {
             return Ok(());
         }
-        self.slot.fetch_ahead(&*self.fetch, self.slot.extents.touched_by(&bytes))
+        let extents = self.slot.extents.touched_by(&bytes);
+        self.slot.fetch_ahead(&*self.fetch, extents, Some(&self.canceled))
     }
 
     fn here_bytes(&self) -> u64 {
@@ -641,6 +672,7 @@ impl RemoteBlob for CachedBlob {
 
     fn cancel(&self) {
         self.canceled.store(true, Ordering::Relaxed);
+        self.slot.ahead.wake();
         self.fetch.cancel();
     }
 }

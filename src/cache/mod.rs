@@ -38,6 +38,7 @@ mod flight;
 #[cfg(test)]
 mod flight_tests;
 mod gate;
+mod line;
 mod listing;
 mod pair;
 mod pool;

@@ -68,7 +68,7 @@ counters! {
     /// Extents that were served without being stored or although their file failed: the cache's
     /// disk is full or broken, or the quota is used up.
     degraded,
-    /// Jobs to fetch ahead that were dropped because too many waited.
+    /// Jobs to fetch ahead that were dropped because too many waited, or were under way.
     ahead_dropped,
     /// Times that all bytes were here and did not have the blob's digest.
     condemned,
