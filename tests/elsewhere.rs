@@ -297,6 +297,28 @@ fn the_cache_is_listed_checked_and_emptied() {
     world.sha256_of(config.to_str().unwrap());
 }
 
+/// The same layer twice in an image was counted twice: by the bar, which then stood at half, and in
+/// what was fetched.
+#[test]
+fn a_layer_that_is_in_an_image_twice_is_pulled_and_counted_once() {
+    let (twice, once) = (layer_of(&disk_of(3 << 20, 8)), layer_of(&disk_of(2 << 20, 9)));
+    let bytes = twice.len() + once.len();
+    let world = World::new();
+    let (twice, once) = (world.push_blob(twice), world.push_blob(once));
+    let dir = world.path("dir");
+    fs::create_dir(&dir).unwrap();
+    let mut wanted = twice.clone();
+    wanted["dir"] = json!(dir);
+    let config = world.config(&[twice, once, wanted]);
+    let output = world.run(&["prefetch", "--json", config.to_str().unwrap()]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    let done: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&done["layers"], &done["bytes"]), (&json!(2), &json!(bytes)));
+    assert_eq!(done["fetched_bytes"], json!(bytes));
+    assert!(dir.join("overlaybd.commit").exists(), "though it is the second one that wants it");
+}
+
 /// A whole pull, its second run, and what is left of one that was interrupted.
 #[test]
 fn prefetch_makes_plain_files_of_all_layers_and_goes_on_where_it_was_stopped() {

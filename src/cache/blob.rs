@@ -627,6 +627,10 @@ impl RemoteBlob for CachedBlob {
         self.slot.fetch_ahead(&*self.fetch, extents, Some(&self.canceled))
     }
 
+    fn kept_as(&self) -> Option<usize> {
+        Some(Arc::as_ptr(&self.slot).addr())
+    }
+
     fn here_bytes(&self) -> u64 {
         match &**self.slot.residence.load() {
             Residence::Whole(_) => self.bytes(),

@@ -303,6 +303,10 @@ impl RemoteBlob for Seen {
         self.blob.is_here(offset_bytes, bytes)
     }
 
+    fn kept_as(&self) -> Option<usize> {
+        self.blob.kept_as()
+    }
+
     fn cancel(&self) {
         self.blob.cancel();
     }

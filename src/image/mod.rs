@@ -59,7 +59,7 @@ use crate::disk::{Disk, Geometry};
 use crate::error::Result;
 use crate::format::config::ServiceConfig;
 use crate::map::FlatMap;
-use crate::source::{RemoteBlob, RemoteUsage, Source};
+use crate::source::{RemoteBlob, RemoteUsage, Source, usage_of};
 use crate::units::SECTOR_SIZE;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
@@ -124,11 +124,11 @@ impl Image {
         Stack::open(&config, service)?.into_image()
     }
 
-    /// What its layers in a registry cost this process so far; `None` when all are here.
+    /// What its layers in a registry cost this process so far, one that is there twice once; `None`
+    /// when all are here.
     #[must_use]
     pub fn remote_usage(&self) -> Option<RemoteUsage> {
-        let mut sum = RemoteUsage::default();
-        self.parts.remote_blobs().for_each(|blob| sum.add(&blob.usage()));
+        let sum = usage_of(self.parts.remote_blobs());
         (sum.blobs > 0).then_some(sum)
     }
 

@@ -9,7 +9,8 @@ use crate::cache::{CachedBlob, Promotion};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::format::config::{ImageConfig, ServiceConfig};
 use crate::limits::{PREFETCH_CHECK_SECONDS_MAX, PREFETCH_ROUNDS_MAX};
-use crate::source::{RemoteBlob, RemoteUsage};
+use crate::source::{RemoteBlob, usage_of};
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -24,7 +25,7 @@ pub struct Prefetch {
 /// What was pulled.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Prefetched {
-    /// Layers that are plain files in the cache now.
+    /// Layers that are plain files in the cache now; one that is there twice counts once.
     pub layers: u64,
     /// Layers that were local files before.
     pub local_layers: u64,
@@ -35,13 +36,15 @@ pub struct Prefetched {
 }
 
 impl Prefetch {
-    /// Finds the layers of a config. Asks for their lengths where the config does not tell them.
+    /// Finds the layers of a config, one that is in it twice once. Asks for their lengths where the
+    /// config does not tell them.
     ///
     /// # Errors
     /// That of the lowest layer that cannot be found.
     pub fn open(config: &ImageConfig, service: &ServiceConfig) -> Result<Self> {
         let mut this = Self { blobs: Vec::new(), local_layers: 0 };
         let mut elsewhere = None;
+        let mut seen = HashSet::new();
         for (number, lower) in config.stack_lowers().iter().enumerate() {
             let told = || format!("find layer {number}");
             match find_lower(lower).context(told)? {
@@ -55,7 +58,11 @@ impl Prefetch {
                         Some(elsewhere) => elsewhere,
                         None => elsewhere.insert(Elsewhere::new(service)?),
                     };
-                    this.blobs.push((number, elsewhere.blob(lower, url).context(told)?));
+                    // In any case, because each may have a folder that wants it.
+                    let blob = elsewhere.blob(lower, url).context(told)?;
+                    if blob.kept_as().is_none_or(|kept| seen.insert(kept)) {
+                        this.blobs.push((number, blob));
+                    }
                 }
             }
         }
@@ -99,8 +106,8 @@ impl Prefetch {
         if let Some(error) = lock(&failed).take() {
             return Err(error);
         }
-        let mut usage = RemoteUsage::default();
-        self.blobs.iter().for_each(|(_, blob)| usage.add(&blob.usage()));
+        let blobs = self.blobs.iter().map(|(_, blob)| -> &dyn RemoteBlob { blob });
+        let usage = usage_of(blobs);
         Ok(Prefetched {
             layers: usage.blobs,
             local_layers: self.local_layers,

@@ -144,7 +144,7 @@ pub struct DeviceStat {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct RemoteStat {
-    /// How many they are.
+    /// How many they are; one that is there twice counts once.
     pub layers: u64,
     /// How many of them are complete in the cache, by their digest.
     pub whole_layers: u64,

@@ -4,8 +4,10 @@
 //! the other: both know these two traits, and `image` puts them together.
 
 use crate::error::Result;
+use std::collections::HashSet;
 use std::fmt;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Instant;
 
 macro_rules! sums {
@@ -73,6 +75,37 @@ sums! {
     }
 }
 
+impl RemoteUsage {
+    /// Adds those of a blob that shares what is kept with one that was added: only what it asked
+    /// for by itself.
+    fn add_sharing(&mut self, other: &Self) {
+        let Self { requests, retries, credential_waits, .. } = *other;
+        self.add(&Self { requests, retries, credential_waits, ..Self::default() });
+    }
+}
+
+/// What several blobs cost together. The same layer twice in an image is kept once, and counts so.
+pub fn usage_of<'a>(blobs: impl IntoIterator<Item = &'a dyn RemoteBlob>) -> RemoteUsage {
+    let mut seen = HashSet::new();
+    let mut sum = RemoteUsage::default();
+    for blob in blobs {
+        if blob.kept_as().is_none_or(|kept| seen.insert(kept)) {
+            sum.add(&blob.usage());
+        } else {
+            sum.add_sharing(&blob.usage());
+        }
+    }
+    sum
+}
+
+/// One of those that share what is kept, and all others, in their order.
+#[must_use]
+pub fn distinct(mut blobs: Vec<Arc<dyn RemoteBlob>>) -> Vec<Arc<dyn RemoteBlob>> {
+    let mut seen = HashSet::new();
+    blobs.retain(|blob| blob.kept_as().is_none_or(|kept| seen.insert(kept)));
+    blobs
+}
+
 /// Fetches pieces of one blob that lies elsewhere. Keeps nothing.
 pub trait Fetch: Send + Sync + fmt::Debug {
     /// What to call the blob in messages: its host and digest, never a secret.
@@ -128,6 +161,12 @@ pub trait RemoteBlob: Send + Sync + fmt::Debug {
         Ok(())
     }
 
+    /// A number that blobs have in common whose bytes are kept together: what one of them fetches
+    /// is here for all, and counted for all. None for one that shares with no other.
+    fn kept_as(&self) -> Option<usize> {
+        None
+    }
+
     /// How much of the blob is here, as far as this process knows.
     fn here_bytes(&self) -> u64 {
         0
@@ -154,4 +193,66 @@ pub trait RemoteBlob: Send + Sync + fmt::Debug {
     /// Makes reads that wait fail soon, with `Canceled`, those to come included: nobody will look
     /// at their bytes.
     fn cancel(&self);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whose bytes are kept with those of others of the same number.
+    #[derive(Debug)]
+    struct Kept(Option<usize>);
+
+    impl RemoteBlob for Kept {
+        fn name(&self) -> &str {
+            "kept"
+        }
+
+        fn bytes(&self) -> u64 {
+            100
+        }
+
+        fn read(&self, _offset_bytes: u64, _dst: &mut [u8]) -> Result<()> {
+            Ok(())
+        }
+
+        fn is_here(&self, _offset_bytes: u64, _bytes: u64) -> bool {
+            true
+        }
+
+        fn kept_as(&self) -> Option<usize> {
+            self.0
+        }
+
+        fn usage(&self) -> RemoteUsage {
+            let fetched_bytes = 60;
+            RemoteUsage {
+                blobs: 1,
+                blob_bytes: 100,
+                fetched_bytes,
+                requests: 2,
+                ..RemoteUsage::default()
+            }
+        }
+
+        fn cancel(&self) {}
+    }
+
+    #[test]
+    fn what_is_kept_together_counts_once_and_each_asks_for_itself() {
+        for (kept, counted) in [
+            (vec![], 0),
+            (vec![Some(7)], 1),
+            (vec![Some(7), Some(8), Some(7), Some(7)], 2),
+            (vec![None, None, Some(7)], 3),
+        ] {
+            let blobs: Vec<Arc<dyn RemoteBlob>> =
+                kept.iter().map(|kept| Arc::new(Kept(*kept)) as Arc<dyn RemoteBlob>).collect();
+            let usage = usage_of(blobs.iter().map(|blob| &**blob));
+            assert_eq!((usage.blobs, usage.blob_bytes), (counted, 100 * counted), "{kept:?}");
+            assert_eq!(usage.fetched_bytes, 60 * counted, "{kept:?}");
+            assert_eq!(usage.requests, 2 * crate::units::to_u64(kept.len()), "{kept:?}");
+            assert_eq!(crate::units::to_u64(distinct(blobs).len()), counted, "{kept:?}");
+        }
+    }
 }

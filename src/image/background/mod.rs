@@ -25,7 +25,7 @@ use super::Image;
 use super::payload::Payload;
 use crate::format::config::{ImageConfig, ServiceConfig};
 use crate::limits::{BACKGROUND_LOOK_MS, LEARN_MS_MAX, REPLAY_THREADS_MAX};
-use crate::source::{RemoteBlob, Source};
+use crate::source::{RemoteBlob, Source, distinct};
 use crate::units::to_usize;
 use download::{Downloads, Plan};
 use std::path::PathBuf;
@@ -84,7 +84,7 @@ impl Background {
             replay::begin(&shared, payloads, trace, wished.clamp(1, REPLAY_THREADS_MAX));
         }
         let plan = Plan::of(config.download.as_ref().unwrap_or(&service.download));
-        shared.begin_thread(Downloads::new(blobs, plan));
+        shared.begin_thread(Downloads::new(distinct(blobs), plan));
         Some(Self { shared })
     }
 
