@@ -115,7 +115,10 @@ fn restore_all(ids: &[u32], work: impl Fn(u32) -> Outcome + Sync) -> Vec<Outcome
     };
     std::thread::scope(|scope| {
         for _ in 1..ids.len().min(RESTORE_AT_ONCE_MAX) {
-            scope.spawn(take_turns);
+            // This thread does all of it alone if there can be no other.
+            if std::thread::Builder::new().spawn_scoped(scope, take_turns).is_err() {
+                break;
+            }
         }
         take_turns();
     });

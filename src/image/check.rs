@@ -7,6 +7,7 @@
 
 use super::layer::Layer;
 use super::reader::Scratch;
+use super::together::on_threads;
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::{Source, data_extents};
 use crate::units::{to_u64, to_usize};
@@ -98,17 +99,13 @@ pub fn check_layers(
         }
         Ok(reports)
     };
-    std::thread::scope(|scope| {
-        let helpers: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
-        let mut total = work()?;
-        for helper in helpers {
-            let reports = helper.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-            for (sum, report) in total.iter_mut().zip(reports) {
-                sum.absorb(report);
-            }
+    let mut total: Vec<LayerReport> = layers.iter().map(|_| LayerReport::default()).collect();
+    for reports in on_threads(threads, work) {
+        for (sum, report) in total.iter_mut().zip(reports?) {
+            sum.absorb(report);
         }
-        Ok(total)
-    })
+    }
+    Ok(total)
 }
 
 /// The bytes that [`check_layers`] will count in its progress; may be more than it reads when a

@@ -2,6 +2,7 @@
 
 use super::Image;
 use super::reader::Reader;
+use super::together::on_threads;
 use crate::disk::{Disk, Worker};
 use crate::error::{Error, Result};
 use crate::map::Target;
@@ -54,15 +55,7 @@ impl Image {
             }
         };
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        std::thread::scope(|scope| {
-            let helpers: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
-            let mut result = work();
-            for helper in helpers {
-                let other = helper.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-                result = result.and(other);
-            }
-            result
-        })
+        on_threads(threads, work).into_iter().collect()
     }
 
     /// Takes the next piece of work: a hole, however large, is passed over in one step where it

@@ -32,6 +32,7 @@ mod reader;
 mod single;
 mod sparse_image;
 mod stack;
+mod together;
 mod writable;
 
 pub use background::Background;

@@ -2,6 +2,7 @@
 
 use super::layer::Layer;
 use super::single::{is_reference, read_config_or_layer};
+use super::together::on_threads;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::format::config::{ImageConfig, LowerConfig, ServiceConfig};
 use crate::limits::{CONFIG_BYTES_MAX, OPEN_REMOTE_THREADS_MAX};
@@ -174,15 +175,7 @@ fn open_lowers(config: &ImageConfig, service: &ServiceConfig) -> Vec<Result<Laye
             opened.push((number, finder.open(number, lower)));
         }
     };
-    let mut results = std::thread::scope(|scope| {
-        let helpers: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
-        let mut results = work();
-        for helper in helpers {
-            // A panic in a helper is a bug; let it surface as one.
-            results.extend(helper.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
-        }
-        results
-    });
+    let mut results: Vec<_> = on_threads(threads, work).into_iter().flatten().collect();
     results.sort_by_key(|(number, _)| *number);
     results.into_iter().map(|(_, result)| result).collect::<Vec<_>>()
 }

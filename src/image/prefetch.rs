@@ -5,6 +5,7 @@
 
 use super::elsewhere::Elsewhere;
 use super::open::{Found, find_lower};
+use super::together::on_threads;
 use crate::cache::{CachedBlob, Promotion};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::format::config::{ImageConfig, ServiceConfig};
@@ -97,12 +98,7 @@ impl Prefetch {
                 }
             }
         };
-        std::thread::scope(|scope| {
-            for _ in 1..layers_at_once.min(self.blobs.len()) {
-                scope.spawn(work);
-            }
-            work();
-        });
+        on_threads(layers_at_once.min(self.blobs.len()), work);
         if let Some(error) = lock(&failed).take() {
             return Err(error);
         }
