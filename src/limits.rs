@@ -435,6 +435,13 @@ pub const TOUCH_LOG_BYTES_MAX: u64 = 2 * 1024 * 1024;
 /// Images whose first touches are kept, 1.5 MiB each at most and 20 KB as a rule.
 pub const TOUCH_LOGS_MAX: usize = 1024;
 
+/// Bytes that all of these take of the disk: three times the rule.
+pub const TOUCH_LOGS_BYTES_MAX: u64 = 64 * 1024 * 1024;
+
+/// How old a file must be that is not yet a log before it is taken for what a killed writer left:
+/// writing one takes milliseconds.
+pub const TOUCH_LOG_STRAY_MS: u64 = 600_000;
+
 /// Reads that one recording keeps: 24 MB of memory, hours of a container's start.
 pub const RECORD_COUNT_MAX: usize = 1 << 20;
 

@@ -297,6 +297,39 @@ fn the_cache_is_listed_checked_and_emptied() {
     world.sha256_of(config.to_str().unwrap());
 }
 
+#[test]
+fn the_logs_of_first_touches_are_listed_checked_and_emptied_with_the_cache() {
+    use std::os::unix::fs::DirBuilderExt;
+    let world = World::new();
+    let facts = |arguments: &[&str], code: i32| -> Value {
+        let output = world.run(arguments);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {said}");
+        serde_json::from_slice(&output.stdout).unwrap_or_default()
+    };
+    assert_eq!(facts(&["cache", "ls", "--json"], 0), json!({"blobs": [], "logs": []}));
+    let folder = world.path("cache/touched");
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder).unwrap();
+    let name = |digit: &str| digit.repeat(64);
+    let trace = obd_ublk::format::trace::Trace { records: Vec::new() };
+    fs::write(folder.join(name("a")), obd_ublk::format::trace::encode(&trace)).unwrap();
+    fs::write(folder.join(name("b")), "torn").unwrap();
+    let listed = facts(&["cache", "ls", "--json"], 0);
+    assert_eq!(listed["logs"].as_array().unwrap().len(), 2);
+    let table = String::from_utf8(world.run(&["cache", "ls"]).stdout).unwrap();
+    assert!(table.contains(&name("a")), "{table}");
+    let stat = facts(&["cache", "stat", "--json"], 0);
+    assert_eq!((&stat["logs"], &stat["disk_bytes"]), (&json!(2), &json!(0)));
+    assert!(stat["log_bytes"].as_u64().unwrap() > 0);
+    assert_eq!(facts(&["cache", "fsck", "--json"], 5)["logs_bad"], json!([name("b")]));
+    assert_eq!(facts(&["cache", "fsck", "--repair", "--json"], 0)["logs_right"], 1);
+    assert_eq!(facts(&["cache", "fsck", "--json"], 0)["logs_bad"], json!([]));
+    assert_eq!(facts(&["cache", "gc", "--json"], 0)["removed_logs"], 0);
+    let gone = facts(&["cache", "gc", "--to", "0", "--json"], 0);
+    assert_eq!((&gone["removed_logs"], &gone["log_bytes"]), (&json!(1), &json!(0)));
+    assert_eq!(fs::read_dir(&folder).unwrap().count(), 0);
+}
+
 /// The same layer twice in an image was counted twice: by the bar, which then stood at half, and in
 /// what was fetched.
 #[test]

@@ -203,7 +203,7 @@ fn names(folder: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-fn disk_bytes(metadata: &Metadata) -> u64 {
+pub(super) fn disk_bytes(metadata: &Metadata) -> u64 {
     // The kernel counts in sectors, whatever the file system's block is.
     metadata.blocks().saturating_mul(SECTOR_SIZE)
 }

@@ -23,7 +23,7 @@
 //!
 //! [`Cache::blob`] gives what `image` reads as a [`crate::source::Source::Remote`]; it knows how to
 //! fetch by [`Fetch`] alone and nothing of registries. [`Maintenance`] is for people: list, check,
-//! remove. `format-spec/cache.md` tells the files.
+//! remove. [`TouchLogs`] are small files beside the blobs. `format-spec/cache.md` tells all files.
 
 mod blob;
 mod check;
@@ -40,6 +40,7 @@ mod flight_tests;
 mod gate;
 mod line;
 mod listing;
+mod logs;
 mod pair;
 mod pool;
 mod promote;
@@ -58,6 +59,7 @@ pub use evict::Trimmed;
 pub use extent_set::{Extents, next_missing};
 pub use faults::{DiskFaults, DiskStep};
 pub use listing::{Entry, Maintenance, Usage};
+pub use logs::{CheckedLogs, TouchLogEntry, TouchLogs};
 pub use promote::{Commit, Promotion};
 pub use readahead::{Ahead, Readahead};
 pub use sidecar::{HEADER_BYTES, HEADER_USED_BYTES, Header, RECORD_BYTES, Record};

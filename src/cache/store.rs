@@ -5,6 +5,7 @@
 //!   partial/HEX.map     the sidecar of a blob that is here in part
 //!   partial/HEX.data    its bytes, at the places that they have in the blob; sparse
 //!   whole/HEX           a complete blob whose sha256 was right: a plain file
+//!   touched/            no blobs, and not looked after here: see `logs`
 //! ```
 
 use super::claim;
@@ -332,7 +333,10 @@ fn remove(path: &Path) -> Result<()> {
 }
 
 /// Refuses a folder in which somebody else could put files.
-fn check_owner(folder: &Path) -> Result<()> {
+///
+/// # Errors
+/// `InvalidConfig`; `NotFound`, `Io`.
+pub(super) fn check_owner(folder: &Path) -> Result<()> {
     let named = |error| Error::io(format!("look at {}", folder.display()), &error);
     let metadata = std::fs::symlink_metadata(folder).map_err(named)?;
     let (owner, mode) = (metadata.uid(), metadata.mode() & 0o7777);

@@ -2,8 +2,11 @@
 
 use super::output;
 use super::table::{format_bytes, format_table, format_utc};
-use crate::cache::{BlobDigest, Checked, Entry, Maintenance};
+use crate::cache::{
+    BlobDigest, Checked, CheckedLogs, Entry, Maintenance, TouchLogEntry, TouchLogs,
+};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::format::trace;
 use crate::image::{cache_settings, load_service_config};
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -11,8 +14,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Look after the cache of layers in registries
 ///
-/// All processes of the host share it. Whatever is done here, readers of what they have open go on,
-/// and what is missing is fetched again.
+/// All processes of the host share it. With it are kept logs of what images are read for first, by
+/// which the next attach fetches ahead; they have bounds of their own. Whatever is done here,
+/// readers of what they have open go on, and what is missing is fetched again.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(subcommand)]
@@ -29,11 +33,12 @@ pub(crate) struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum What {
-    /// List the blobs that are here, whole or in part
+    /// List the blobs that are here, whole or in part, and the logs
     Ls,
     /// Say how much there is
     Stat,
-    /// Remove what was not used longest, until no more is taken than the quota, or than SIZE
+    /// Remove what was not used longest, until blobs take no more than the quota, or than SIZE, and
+    /// logs no more than that or their own bounds
     Gc {
         /// In bytes, or with K, M, G or T for powers of 1024
         #[arg(long, value_name = "SIZE", value_parser = super::args::parse_size)]
@@ -59,10 +64,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let service = load_service_config(args.service_config.as_deref())?;
     let settings = cache_settings(&service);
     let cache = Maintenance::open(&settings)?;
+    let logs = TouchLogs::of(&settings.folder);
     match &args.what {
-        What::Ls => list(&cache.list()?, args.json),
+        What::Ls => list(&cache.list()?, &logs.list()?, args.json),
         What::Stat => {
             let usage = cache.usage()?;
+            let logs = logs.list()?;
+            let log_bytes = logs.iter().map(|log| log.disk_bytes).fold(0, u64::saturating_add);
             let facts = json!({
                 "folder": settings.folder.display().to_string(),
                 "quota_bytes": settings.quota_bytes,
@@ -73,15 +81,20 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                 "in_use": usage.in_use,
                 "filled_extents": usage.filled_extents,
                 "quarantined_extents": usage.quarantined_extents,
+                "logs": logs.len(),
+                "log_bytes": log_bytes,
             });
             output::print_facts(facts, args.json)
         }
         What::Gc { to } => {
             let done = cache.collect(*to)?;
+            let done_logs = logs.trim(*to)?;
             let facts = json!({
                 "removed": done.removed,
                 "removed_bytes": done.removed_bytes,
                 "disk_bytes": done.bytes,
+                "removed_logs": done_logs.removed,
+                "log_bytes": done_logs.bytes,
             });
             output::print_facts(facts, args.json)
         }
@@ -94,17 +107,30 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         }
         What::Fsck { repair } => {
             let checked = cache.check(*repair)?;
-            output::print_facts(told(&checked), args.json)?;
-            verdict(&checked, *repair).context(|| "check the cache".to_owned())
+            let checked_logs = logs.check(*repair, |bytes| trace::parse(bytes).is_ok())?;
+            output::print_facts(told(&checked, &checked_logs), args.json)?;
+            verdict(&checked, &checked_logs, *repair).context(|| "check the cache".to_owned())
         }
     }
 }
 
-fn list(entries: &[Entry], json: bool) -> Result<()> {
+fn list(entries: &[Entry], logs: &[TouchLogEntry], json: bool) -> Result<()> {
     if json {
         let rows: Vec<Value> = entries.iter().map(row).collect();
-        return output::print_facts(json!({"blobs": rows}), true);
+        let logs: Vec<Value> = logs.iter().map(log_row).collect();
+        return output::print_facts(json!({"blobs": rows, "logs": logs}), true);
     }
+    let log_rows = logs.iter().map(|log| {
+        vec![
+            // The hash of an image's layers, and no digest of a blob.
+            log.name.hex(),
+            "log".to_owned(),
+            format_bytes(log.disk_bytes),
+            String::new(),
+            format_utc(unix_ms(log.last_used)),
+            String::new(),
+        ]
+    });
     let rows = entries.iter().map(|entry| {
         let kept = if entry.is_whole { "whole" } else { "in part" };
         let use_of = if entry.in_use { "open" } else { "" };
@@ -117,7 +143,7 @@ fn list(entries: &[Entry], json: bool) -> Result<()> {
             use_of.to_owned(),
         ]
     });
-    let rows: Vec<Vec<String>> = rows.collect();
+    let rows: Vec<Vec<String>> = rows.chain(log_rows).collect();
     if rows.is_empty() { Ok(()) } else { output::print(&format_table(&rows)) }
 }
 
@@ -138,7 +164,15 @@ fn row(entry: &Entry) -> Value {
     })
 }
 
-fn told(checked: &Checked) -> Value {
+fn log_row(log: &TouchLogEntry) -> Value {
+    json!({
+        "name": log.name.hex(),
+        "disk_bytes": log.disk_bytes,
+        "last_used_unix_ms": unix_ms(log.last_used),
+    })
+}
+
+fn told(checked: &Checked, logs: &CheckedLogs) -> Value {
     let names = |digests: &[BlobDigest]| -> Vec<String> {
         digests.iter().map(ToString::to_string).collect()
     };
@@ -156,12 +190,16 @@ fn told(checked: &Checked) -> Value {
         "extents_bad": extents,
         "strays": names(&checked.strays),
         "unreadable": unreadable,
+        "logs_right": logs.right,
+        "logs_bad": logs.bad.iter().map(BlobDigest::hex).collect::<Vec<String>>(),
+        "log_strays": logs.strays,
     })
 }
 
 /// An error for a cache that is damaged, unless what was is gone.
-fn verdict(checked: &Checked, repair: bool) -> Result<()> {
-    if checked.is_clean() || repair && checked.unreadable.is_empty() {
+fn verdict(checked: &Checked, logs: &CheckedLogs, repair: bool) -> Result<()> {
+    let is_clean = checked.is_clean() && logs.bad.is_empty() && logs.strays == 0;
+    if is_clean || repair && checked.unreadable.is_empty() {
         return Ok(());
     }
     let hint = if repair { "" } else { "; `--repair` throws away what is bad" };
@@ -187,10 +225,15 @@ mod tests {
             (&unreadable, false, false),
             (&unreadable, true, false),
         ] {
-            let found = verdict(checked, repair).map_err(|error| error.kind());
+            let logs = CheckedLogs::default();
+            let found = verdict(checked, &logs, repair).map_err(|error| error.kind());
             let expected = if good { Ok(()) } else { Err(ErrorKind::Integrity) };
             assert_eq!(found, expected, "{checked:?} {repair}");
         }
-        assert_eq!(told(&bad)["whole_bad"][0], digest.to_string());
+        let logs = CheckedLogs { bad: vec![digest], ..CheckedLogs::default() };
+        assert!(verdict(&clean, &logs, false).is_err() && verdict(&clean, &logs, true).is_ok());
+        let told = told(&bad, &logs);
+        assert_eq!(told["whole_bad"][0], digest.to_string());
+        assert_eq!(told["logs_bad"][0], digest.hex());
     }
 }

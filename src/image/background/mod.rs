@@ -23,6 +23,7 @@ mod trace_file;
 
 use super::Image;
 use super::payload::Payload;
+use crate::cache::TouchLogs;
 use crate::format::config::{ImageConfig, ServiceConfig};
 use crate::limits::{BACKGROUND_LOOK_MS, LEARN_MS_MAX, REPLAY_THREADS_MAX};
 use crate::source::{RemoteBlob, Source, distinct};
@@ -60,7 +61,7 @@ impl Background {
         payloads: &[Payload],
         config: &ImageConfig,
         service: &ServiceConfig,
-        logs: Option<PathBuf>,
+        logs: Option<TouchLogs>,
     ) -> Option<Self> {
         let blobs: Vec<_> = payloads.iter().filter_map(blob_of).collect();
         let (recording, mut trace) = match TraceWish::of(config) {
@@ -71,7 +72,7 @@ impl Background {
         if blobs.is_empty() && recording.is_none() {
             return None;
         }
-        let log = logs.filter(|_| !blobs.is_empty()).map(|logs| TouchLog::of(&logs, config));
+        let log = logs.filter(|_| !blobs.is_empty()).map(|logs| TouchLog::of(logs, config));
         if trace.is_none() {
             trace = log.as_ref().and_then(TouchLog::load);
         }
@@ -193,7 +194,7 @@ impl Image {
         &self,
         config: &ImageConfig,
         service: &ServiceConfig,
-        logs: Option<PathBuf>,
+        logs: Option<TouchLogs>,
     ) {
         if self.parts.background.get().is_some() {
             return;
@@ -226,12 +227,12 @@ impl Image {
 }
 
 #[cfg(feature = "registry")]
-fn touch_logs(service: &ServiceConfig) -> Option<PathBuf> {
-    Some(super::elsewhere::cache_settings(service).folder.join("touched"))
+fn touch_logs(service: &ServiceConfig) -> Option<TouchLogs> {
+    Some(TouchLogs::of(&super::elsewhere::cache_settings(service).folder))
 }
 
 #[cfg(not(feature = "registry"))]
-fn touch_logs(_service: &ServiceConfig) -> Option<PathBuf> {
+fn touch_logs(_service: &ServiceConfig) -> Option<TouchLogs> {
     None
 }
 

@@ -95,7 +95,7 @@ fn config(more: serde_json::Value) -> ImageConfig {
 }
 
 fn begin(image: &Image, config: &ImageConfig, logs: Option<&Path>) {
-    image.begin_background_in(config, &ServiceConfig::default(), logs.map(Into::into));
+    image.begin_background_in(config, &ServiceConfig::default(), logs.map(TouchLogs::of));
 }
 
 fn read(image: &Image, start_sector: u64, sectors: usize) {
