@@ -178,8 +178,11 @@ impl Served for FakeDevice {
 }
 
 /// A disk of one sector.
-#[derive(Debug)]
-pub(super) struct FakeDisk;
+#[derive(Debug, Default)]
+pub(super) struct FakeDisk {
+    /// Who is told that it was handed on.
+    pub(super) told: Option<FakeKernel>,
+}
 
 impl Disk for FakeDisk {
     type Worker = FakeDisk;
@@ -194,7 +197,7 @@ impl Disk for FakeDisk {
     }
 
     fn worker(&self) -> Result<FakeDisk> {
-        Ok(FakeDisk)
+        Ok(FakeDisk::default())
     }
 }
 
@@ -205,6 +208,10 @@ impl Kept for FakeDisk {
 
     fn layer_files(&self) -> Vec<LayerFile> {
         Vec::new()
+    }
+
+    fn hand_on(&self) {
+        self.told.iter().for_each(|kernel| kernel.host().events.push("hand on".to_owned()));
     }
 }
 

@@ -47,6 +47,10 @@ pub(super) trait Kept: Send + Sync + fmt::Debug {
         None
     }
 
+    /// Writes down what its successor cannot know, which serves it from now on: what was recorded
+    /// and learned beside its reads. Called while requests are still served, so that none waits.
+    fn hand_on(&self) {}
+
     /// Makes durable what was written and lets go of the upper, once nobody asks for anything any
     /// more.
     ///
@@ -70,6 +74,10 @@ impl Kept for Image {
 
     fn folders(&self) -> Vec<PathBuf> {
         self.needed_paths()
+    }
+
+    fn hand_on(&self) {
+        self.hand_on_background();
     }
 
     fn close(&self) -> Result<()> {

@@ -185,6 +185,7 @@ pub(super) fn serve<K: Kernel>(
             }
             Step::Leave => {
                 tracing::info!("another process takes the device over");
+                up.kept.hand_on();
                 up.device.abandon();
                 return Ok(());
             }

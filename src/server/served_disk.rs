@@ -11,7 +11,7 @@ use super::state::{LayerFile, State};
 use super::supervisor::ParcelFiles;
 use crate::disk::{Disk, Geometry, Space, Worker};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::format::config::ImageConfig;
+use crate::format::config::{ImageConfig, ServiceConfig};
 use crate::image::{
     Background, Image, LiveImage, LiveWorker, Reader, SparseImage, SparseImageWorker, Stack,
     UpperChoice, WritableImage, load_service_config_with, parse_image_config,
@@ -151,7 +151,8 @@ impl ServedDisk {
             return Ok(Self::ReadOnly(image));
         };
         parsed.upper = None;
-        let lowers = open_lowers(&parsed, service_config, how.io_deadline_s)?;
+        let begin = Image::begin_background;
+        let lowers = open_lowers(&parsed, service_config, how.io_deadline_s, begin)?;
         if !paths.data.exists() {
             // Of a snapshot that was interrupted: not to be met by a new pair.
             check_still_a_pair(&paths)?;
@@ -263,13 +264,14 @@ fn open_lowers(
     config: &ImageConfig,
     service_config: Option<&Path>,
     io_deadline_s: Option<u64>,
+    begin: fn(&Image, &ImageConfig, &ServiceConfig),
 ) -> Result<Option<Image>> {
     if config.stack_lowers().is_empty() {
         return Ok(None);
     }
     let service = load_service_config_with(service_config, io_deadline_s)?;
     let image = Stack::open(config, &service)?.into_image()?;
-    image.begin_background(config, &service);
+    begin(&image, config, &service);
     Ok(Some(image))
 }
 
@@ -380,6 +382,10 @@ impl Kept for ServedDisk {
         Some(live)
     }
 
+    fn hand_on(&self) {
+        self.in_lowers(|lowers| lowers.into_iter().for_each(Kept::hand_on));
+    }
+
     fn close(&self) -> Result<()> {
         self.in_lowers(|lowers| lowers.map_or(Ok(()), Kept::close))?;
         self.upper().map_or(Ok(()), |upper| upper.close()).context(|| "close the upper".to_owned())
@@ -445,10 +451,13 @@ impl Ready {
                 let config = parse_image_config(&state.config, &text)?;
                 let config = as_attached(config, &state.layers);
                 let image = Stack::open(&config, &service)?.into_image()?;
-                image.begin_background(&config, &service);
+                image.continue_background(&config, &service);
                 Ok(image)
             };
             let (image, from_parcel) = unpack_or(files, state, anew)?;
+            if let Ok(config) = ImageConfig::parse(&text) {
+                continue_recording(&image, &config);
+            }
             return Ok((Self::ReadOnly(image), from_parcel));
         };
         // Taken whatever the rest is worth: the supervisor holds the same lock.
@@ -462,9 +471,11 @@ impl Ready {
         }
         let anew = || {
             let gone = || Error::new(ErrorKind::NotFound, "the config has no layers any more");
-            open_lowers(&config, service, state.io_deadline_s)?.ok_or_else(gone)
+            let begin = Image::continue_background;
+            open_lowers(&config, service, state.io_deadline_s, begin)?.ok_or_else(gone)
         };
         let (lowers, from_parcel) = unpack_or(files, state, anew)?;
+        continue_recording(&lowers, &config);
         Ok((Self::Writable { lowers: Some(lowers), paths, data }, from_parcel))
     }
 
@@ -495,6 +506,12 @@ impl Ready {
         };
         ServedDisk::on_top_of(lowers, paths, Some(data), state.quota_bytes)
     }
+}
+
+/// Goes on with the recording of an image from a parcel, all of whose layers are files: there is
+/// nothing to download, and no setting of the host matters.
+fn continue_recording(image: &Image, config: &ImageConfig) {
+    image.continue_background(config, &ServiceConfig::default());
 }
 
 /// The data file of a pair, locked, if that takes no longer than it takes a supervisor to forget a

@@ -70,7 +70,8 @@ impl World {
     }
 
     fn serve_supervised(&self, id: Option<u32>) -> Running {
-        self.start(id, true, || Ok(FakeDisk))
+        let told = Some(self.kernel.clone());
+        self.start(id, true, || Ok(FakeDisk { told }))
     }
 
     /// Starts a server; `open` opens its disk.
@@ -113,7 +114,7 @@ impl World {
     }
 
     fn serve(&self, id: Option<u32>) -> Running {
-        self.serve_with(id, || Ok(FakeDisk))
+        self.serve_with(id, || Ok(FakeDisk::default()))
     }
 
     fn assert_nothing_left(&self) {
@@ -186,7 +187,7 @@ fn a_caller_that_is_gone_gets_no_device() {
     let (opening, opened) = channel();
     let server = world.serve_with(None, move || {
         let () = opened.recv().unwrap();
-        Ok(FakeDisk)
+        Ok(FakeDisk::default())
     });
     drop(server.announced);
     opening.send(()).unwrap();
@@ -203,7 +204,7 @@ fn a_signal_before_readiness_cancels_the_attach() {
     let (opening, opened) = channel();
     let server = world.serve_with(None, move || {
         let () = opened.recv().unwrap();
-        Ok(FakeDisk)
+        Ok(FakeDisk::default())
     });
     server.events.send(Event::Signal("SIGTERM")).unwrap();
     opening.send(()).unwrap();
@@ -541,7 +542,7 @@ fn a_server_that_is_told_to_yield_leaves_its_device_to_the_successor() {
     server.id();
     link.send(&Note::Yield.encode(), &[]).unwrap();
     server.end().unwrap();
-    assert_eq!(world.kernel.host().events, ["start 0", "abandon 0"]);
+    assert_eq!(world.kernel.host().events, ["start 0", "hand on", "abandon 0"]);
     assert_eq!(world.run.ids().unwrap(), [0], "the folder is the successor's");
     assert!(world.run.lock(0).unwrap().is_some(), "and so is its lock");
 }

@@ -11,7 +11,8 @@
 //! Reads come first: whatever is fetched here waits while a read waits for the same blob. All of it
 //! is a help that may fail, be late or useless without anybody noticing but by the time it takes;
 //! `export` and the like do without. Threads hold blobs and never the image, so that it goes when
-//! its last user goes.
+//! its last user goes. Only the threads of replay and download ever wait for a registry: those of
+//! the log and the recording do not, nor does who ends or hands on all of it.
 
 mod download;
 mod pace;
@@ -37,6 +38,15 @@ use touch_log::TouchLog;
 use touches::Touches;
 use trace_file::{Recording, TraceWish};
 
+/// Whose reads these are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    /// The first of an attach: what is read now is what it begins with.
+    Attach,
+    /// A server that takes over has those of its predecessor before it.
+    Successor,
+}
+
 /// What goes on beside the reads of one image. It stops when this is dropped; a recording is
 /// written by [`Background::end`] alone.
 #[derive(Debug)]
@@ -49,7 +59,8 @@ struct Shared {
     stop: Stop,
     touches: Touches,
     recording: Option<Recording>,
-    log: Option<TouchLog>,
+    /// Where the first touches are learned, if they are.
+    lesson: Option<TouchLog>,
     /// What the layers elsewhere go on to need.
     needed: Vec<PathBuf>,
 }
@@ -62,10 +73,11 @@ impl Background {
         config: &ImageConfig,
         service: &ServiceConfig,
         logs: Option<TouchLogs>,
+        turn: Turn,
     ) -> Option<Self> {
         let blobs: Vec<_> = payloads.iter().filter_map(blob_of).collect();
         let (recording, mut trace) = match TraceWish::of(config) {
-            TraceWish::Record(recording) => (Some(recording), None),
+            TraceWish::Record(recording) => (Some(*recording), None),
             TraceWish::Replay(trace) => (None, Some(trace)),
             TraceWish::Nothing => (None, None),
         };
@@ -78,14 +90,16 @@ impl Background {
         }
         let touches = Touches::new(payloads.iter().map(Payload::bytes));
         let needed = if blobs.is_empty() { Vec::new() } else { needed(config, service) };
-        let shared = Arc::new(Shared { stop: Stop::default(), touches, recording, log, needed });
+        let lesson = log.filter(|_| turn == Turn::Attach);
+        let shared = Arc::new(Shared { stop: Stop::default(), touches, recording, lesson, needed });
         if let Some(trace) = trace.filter(|_| !blobs.is_empty()) {
             let wished =
                 to_usize(u64::from(service.prefetch_config.concurrency)).unwrap_or(usize::MAX);
             replay::begin(&shared, payloads, trace, wished.clamp(1, REPLAY_THREADS_MAX));
         }
         let plan = Plan::of(config.download.as_ref().unwrap_or(&service.download));
-        shared.begin_thread(Downloads::new(distinct(blobs), plan));
+        shared.begin_downloads(Downloads::new(distinct(blobs), plan));
+        shared.begin_looking(Duration::from_millis(LEARN_MS_MAX));
         Some(Self { shared })
     }
 
@@ -114,6 +128,15 @@ impl Background {
         }
     }
 
+    /// Ends what a successor begins anew, and leaves to it what was learned and recorded so far.
+    pub fn hand_on(&self) {
+        self.stop();
+        self.shared.save();
+        if let Some(recording) = &self.shared.recording {
+            recording.hand_on();
+        }
+    }
+
     /// Folders in which files are made at the end, and what layers elsewhere go on to need.
     pub(super) fn needed(&self) -> Vec<PathBuf> {
         let recorded = self.shared.recording.iter().filter_map(Recording::folder);
@@ -137,42 +160,56 @@ impl Shared {
     /// Writes down the first touches, once.
     fn save(&self) {
         let Some(records) = self.touches.take_learned() else { return };
-        if let Some(log) = &self.log {
-            log.save(records);
+        if let Some(lesson) = &self.lesson {
+            lesson.save(records);
         }
     }
 
-    /// Starts the thread that looks around every so often. Without one there is no help.
-    fn begin_thread(self: &Arc<Self>, mut downloads: Downloads) {
+    /// Starts the thread that downloads. Without one there is no help.
+    fn begin_downloads(self: &Arc<Self>, mut downloads: Downloads) {
         let shared = Arc::clone(self);
         let begun = Instant::now();
-        let thread = std::thread::Builder::new().name("image-background".to_owned());
-        let spawned = thread.spawn(move || {
-            let learn_until = begun + Duration::from_millis(LEARN_MS_MAX);
-            let mut is_learning = shared.log.is_some();
+        begin_thread("image-download", move || {
+            let look = Duration::from_millis(BACKGROUND_LOOK_MS);
+            while !shared.stop.is_set() && downloads.look(&shared.stop, begun) {
+                shared.stop.wait(downloads.next_look(begun, look));
+            }
+        });
+    }
+
+    /// Starts the thread that ends the lesson after `learn_for`, and the recording when it is to
+    /// end, if there is either.
+    fn begin_looking(self: &Arc<Self>, learn_for: Duration) {
+        if self.lesson.is_none() && self.recording.is_none() {
+            return;
+        }
+        let shared = Arc::clone(self);
+        let begun = Instant::now();
+        begin_thread("image-background", move || {
+            let mut is_learning = shared.lesson.is_some();
             let mut is_recording = shared.recording.is_some();
-            loop {
-                if shared.stop.is_set() {
-                    return;
-                }
-                if is_learning && Instant::now() >= learn_until {
+            while !shared.stop.is_set() && (is_learning || is_recording) {
+                let left = learn_for.saturating_sub(begun.elapsed());
+                if is_learning && left.is_zero() {
                     shared.save();
                     is_learning = false;
                 }
-                is_recording =
-                    is_recording && shared.recording.as_ref().is_some_and(|it| !it.look_for_end());
-                let is_downloading = downloads.look(&shared.stop, begun);
-                if !(is_learning || is_recording || is_downloading) {
-                    return;
-                }
-                let look = Duration::from_millis(BACKGROUND_LOOK_MS);
-                let pause = if is_recording { Duration::from_secs(1) } else { look };
-                shared.stop.wait(pause.min(downloads.next_look(begun, look)));
+                let ended = |recording: &Recording| recording.look_for_end();
+                is_recording = is_recording && !shared.recording.as_ref().is_none_or(ended);
+                let pause = if is_learning { left } else { RECORDING_PAUSE };
+                shared.stop.wait(if is_recording { pause.min(RECORDING_PAUSE) } else { pause });
             }
         });
-        if let Err(error) = spawned {
-            tracing::warn!(%error, "no thread for the background");
-        }
+    }
+}
+
+/// How often it is looked whether a recording is to end.
+const RECORDING_PAUSE: Duration = Duration::from_secs(1);
+
+fn begin_thread(name: &str, work: impl FnOnce() + Send + 'static) {
+    let thread = std::thread::Builder::new().name(name.to_owned());
+    if let Err(error) = thread.spawn(work) {
+        tracing::warn!(%error, name, "no thread for the background");
     }
 }
 
@@ -187,7 +224,13 @@ impl Image {
     /// Begins what helps a served image beside its reads: replay of traces and of what was touched
     /// first last time, download of whole layers, recording. Once; for images that are served.
     pub fn begin_background(&self, config: &ImageConfig, service: &ServiceConfig) {
-        self.begin_background_in(config, service, touch_logs(service));
+        self.begin_background_in(config, service, touch_logs(service), Turn::Attach);
+    }
+
+    /// As [`Image::begin_background`] in a server that takes over from one that has begun it and
+    /// handed it on: a recording goes on, and what is touched first was learned before.
+    pub fn continue_background(&self, config: &ImageConfig, service: &ServiceConfig) {
+        self.begin_background_in(config, service, touch_logs(service), Turn::Successor);
     }
 
     fn begin_background_in(
@@ -195,11 +238,12 @@ impl Image {
         config: &ImageConfig,
         service: &ServiceConfig,
         logs: Option<TouchLogs>,
+        turn: Turn,
     ) {
         if self.parts.background.get().is_some() {
             return;
         }
-        let begun = Background::begin(&self.parts.payloads, config, service, logs);
+        let begun = Background::begin(&self.parts.payloads, config, service, logs, turn);
         if let Some(background) = begun {
             let _ = self.parts.background.set(Arc::new(background));
         }
@@ -209,6 +253,14 @@ impl Image {
     pub fn end_background(&self) {
         if let Some(background) = self.background() {
             background.end();
+        }
+    }
+
+    /// Ends that here, and leaves what was learned and recorded to [`Image::continue_background`]
+    /// in another process.
+    pub fn hand_on_background(&self) {
+        if let Some(background) = self.background() {
+            background.hand_on();
         }
     }
 

@@ -18,6 +18,10 @@ const SECTORS: u64 = 8192;
 #[derive(Debug)]
 struct Far {
     bytes: Vec<u8>,
+    /// Held by a test that lets fetches hang.
+    door: Mutex<()>,
+    /// How many fetches there were, those that hang included.
+    asked: AtomicU64,
     ahead: Mutex<Vec<Range<u64>>>,
     failures: AtomicU64,
     busy: AtomicBool,
@@ -48,6 +52,8 @@ impl RemoteBlob for Far {
     }
 
     fn fetch_ahead(&self, bytes: Range<u64>) -> Result<()> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        drop(self.door.lock().unwrap());
         let less = |left: u64| left.checked_sub(1);
         if self.failures.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).is_ok() {
             return Err(Error::new(ErrorKind::Unavailable, "not now"));
@@ -78,6 +84,8 @@ fn far_image() -> (Image, Arc<Far>) {
         tag: 0,
     };
     let far = Arc::new(Far {
+        door: Mutex::default(),
+        asked: AtomicU64::new(0),
         bytes: write_sealed(&[segment], &data, SECTORS * 512),
         ahead: Mutex::default(),
         failures: AtomicU64::new(0),
@@ -94,8 +102,13 @@ fn config(more: serde_json::Value) -> ImageConfig {
     ImageConfig::parse(config.to_string().as_bytes()).unwrap()
 }
 
-fn begin(image: &Image, config: &ImageConfig, logs: Option<&Path>) {
-    image.begin_background_in(config, &ServiceConfig::default(), logs.map(TouchLogs::of));
+fn begin(image: &Image, config: &ImageConfig, root: Option<&Path>) {
+    begin_as(Turn::Attach, image, config, root);
+}
+
+fn begin_as(turn: Turn, image: &Image, config: &ImageConfig, root: Option<&Path>) {
+    let logs = root.map(TouchLogs::of);
+    image.begin_background_in(config, &ServiceConfig::default(), logs, turn);
 }
 
 fn read(image: &Image, start_sector: u64, sectors: usize) {
@@ -190,6 +203,90 @@ fn a_recording_ends_with_the_device_and_goes_on_with_its_successor() {
     assert_eq!(std::fs::read(path("t.ok")).unwrap(), b"");
     let recorded = trace::parse(&std::fs::read(path("t")).unwrap()).unwrap();
     assert_eq!(recorded.records.len(), 1);
+}
+
+/// The recording and the lesson were looked after by the thread that downloads, between two layers:
+/// whoever removed the lock waited for a layer, or for a registry.
+#[test]
+fn a_download_that_hangs_delays_neither_the_end_of_a_recording_nor_that_of_a_lesson() {
+    let (folder, root) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let path = |name: &str| folder.path().join(name);
+    std::fs::write(path("t"), "").unwrap();
+    let (image, far) = far_image();
+    let door = far.door.lock().unwrap();
+    let download = json!({"enable": true, "delay": 0, "delayExtra": 0, "maxMBps": 0});
+    let wish = config(json!({"recordTracePath": path("t"), "download": download}));
+    begin(&image, &wish, Some(root.path()));
+    read(&image, 5, 1);
+    eventually("it hangs", || far.asked.load(Ordering::Relaxed) > 0);
+    std::fs::remove_file(path("t.lock")).unwrap();
+    eventually("the recording is over", || path("t.ok").exists());
+    // As after the time of a lesson.
+    let shared = &image.background().unwrap().shared;
+    shared.begin_looking(Duration::ZERO);
+    eventually("what was learned is kept", || {
+        TouchLogs::of(root.path()).list().unwrap().len() == 1
+    });
+    // Nor does a detach wait.
+    image.end_background();
+    image.cancel();
+    assert_eq!(*far.ahead.lock().unwrap(), []);
+    drop(door);
+}
+
+/// What the old server of an upgrade had recorded and learned was lost, and the trace was that of
+/// the new one alone.
+#[test]
+fn a_server_that_hands_on_leaves_what_it_recorded_and_learned_to_its_successor() {
+    let (folder, root) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let path = |name: &str| folder.path().join(name);
+    std::fs::write(path("t"), "").unwrap();
+    // Of a recording that nobody ended, and that is not ours.
+    std::fs::write(path("t.draft"), "old").unwrap();
+    let wish = config(json!({"recordTracePath": path("t")}));
+    let (old, _far) = far_image();
+    begin(&old, &wish, Some(root.path()));
+    assert!(!path("t.draft").exists());
+    read(&old, 5, 1);
+    read(&old, 1000, 8);
+    let mut before = old;
+    for sector in [2000, 3000] {
+        // It is ready before the old one ends.
+        let (next, _far) = far_image();
+        begin_as(Turn::Successor, &next, &wish, Some(root.path()));
+        before.hand_on_background();
+        drop(before);
+        assert!(path("t.lock").exists() && !path("t.ok").exists());
+        assert_eq!(std::fs::read(path("t")).unwrap(), b"");
+        read(&next, sector, 8);
+        before = next;
+    }
+    let learned = || {
+        let logs = TouchLogs::of(root.path());
+        logs.read(&logs.list().unwrap()[0].name).unwrap()
+    };
+    let of_start = learned();
+    assert_eq!(trace::parse(&of_start).unwrap().records.len(), 2);
+    before.end_background();
+    let recorded = trace::parse(&std::fs::read(path("t")).unwrap()).unwrap();
+    let sectors: Vec<_> = recorded.records.iter().map(|it| it.offset_bytes / 512 - 8).collect();
+    assert_eq!(sectors, [5, 1000, 2000, 3000]);
+    assert!(path("t.ok").exists() && !path("t.lock").exists() && !path("t.draft").exists());
+    assert_eq!(learned(), of_start, "a successor's reads are no first touches");
+}
+
+#[test]
+fn a_trace_that_somebody_wrote_meanwhile_is_not_written_over() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    std::fs::write(path("t"), "").unwrap();
+    let (image, _far) = far_image();
+    begin(&image, &config(json!({"recordTracePath": path("t")})), None);
+    read(&image, 5, 1);
+    std::fs::write(path("t"), "another").unwrap();
+    image.end_background();
+    assert_eq!(std::fs::read(path("t")).unwrap(), b"another");
+    assert!(!path("t.lock").exists());
 }
 
 #[test]

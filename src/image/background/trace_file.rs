@@ -3,6 +3,7 @@
 //!
 //! ```text
 //!   TRACE (0 bytes) --attach--> TRACE.lock appears --removed, or detach--> TRACE written, TRACE.ok
+//!   TRACE.lock --upgrade--> TRACE.draft --successor--> goes on, TRACE written in the end
 //!   TRACE, or the file `trace` in the `dir` of an acceleration layer --attach--> replayed
 //! ```
 
@@ -24,7 +25,7 @@ const LAYER_TRACE: &str = "trace";
 /// What a config wishes for.
 #[derive(Debug)]
 pub(super) enum TraceWish {
-    Record(Recording),
+    Record(Box<Recording>),
     Replay(Trace),
     Nothing,
 }
@@ -58,7 +59,7 @@ impl TraceWish {
         if found.len() > 0 {
             return load(path, TRACE_BYTES_MAX).map(Self::Replay);
         }
-        Recording::begin(path).map(Self::Record)
+        Recording::begin(path).map(|recording| Self::Record(Box::new(recording)))
     }
 }
 
@@ -73,10 +74,13 @@ fn trace_of_layer(config: &ImageConfig) -> Option<PathBuf> {
 ///
 /// # Errors
 /// `NotFound`, `Io`, `Unsupported` for a longer one; what is wrong with it.
-pub(super) fn load(path: &Path, bytes_max: u64) -> Result<Trace> {
+fn load(path: &Path, bytes_max: u64) -> Result<Trace> {
+    read(path, &open_regular(path)?, bytes_max)
+}
+
+fn read(path: &Path, file: &File, bytes_max: u64) -> Result<Trace> {
     let told = |error: &std::io::Error| Error::io(format!("read {}", path.display()), error);
     let mut bytes = Vec::new();
-    let file = open_regular(path)?;
     file.take(bytes_max + 1).read_to_end(&mut bytes).map_err(|error| told(&error))?;
     if to_u64(bytes.len()) > bytes_max {
         let message = format!("{}: found more, expected at most {bytes_max} bytes", path.display());
@@ -95,6 +99,8 @@ pub(super) struct Recording {
     trace: Place,
     lock: Place,
     ok: Place,
+    /// What a server that handed the device over had recorded.
+    draft: Place,
     /// Whether the lock is ours, and not that of the server that we take over from.
     made_lock: bool,
     /// `None` once it is written, or given up.
@@ -106,6 +112,7 @@ impl Recording {
     fn begin(path: &Path) -> Result<Self> {
         let trace = Place::of_file(path)?;
         let (lock, ok) = (trace.beside(".lock")?, trace.beside(".ok")?);
+        let draft = trace.beside(".draft")?;
         let made_lock = match lock.create_new(0o644) {
             Ok(_) => true,
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => false,
@@ -113,8 +120,15 @@ impl Recording {
                 return Err(Error::io(format!("make {}", lock.path().display()), &error));
             }
         };
+        if made_lock {
+            // That of an earlier recording, which nobody ended.
+            draft.remove().map_err(|error| {
+                let _ = lock.remove();
+                Error::io(format!("remove {}", draft.path().display()), &error)
+            })?;
+        }
         tracing::info!(trace = %trace.path().display(), "recording");
-        Ok(Self { trace, lock, ok, made_lock, records: Mutex::new(Some(Vec::new())) })
+        Ok(Self { trace, lock, ok, draft, made_lock, records: Mutex::new(Some(Vec::new())) })
     }
 
     /// Takes note of a read of a layer.
@@ -141,8 +155,13 @@ impl Recording {
 
     /// Writes the trace, once.
     pub(super) fn finish(&self) {
-        let Some(records) = self.records().take() else { return };
+        let Some(records) = self.take() else { return };
         let count = records.len();
+        if count == 0 && !self.made_lock {
+            // The server that we were to take over from may be ending it at this moment.
+            let _ = self.lock.remove();
+            return;
+        }
         match self.write(&Trace { records }) {
             Ok(()) => tracing::info!(count, trace = %self.trace.path().display(), "recorded"),
             Err(error) => {
@@ -150,6 +169,54 @@ impl Recording {
                 tracing::warn!(error, "the recorded trace is lost");
             }
         }
+    }
+
+    /// What was recorded, by those before us, too; `None` when that was taken already.
+    fn take(&self) -> Option<Vec<Record>> {
+        let records = self.records().take()?;
+        let draft = self.draft.open();
+        let before = draft.and_then(|file| read(self.draft.path(), &file, TRACE_BYTES_MAX));
+        match before {
+            Ok(Trace { records: mut all }) => {
+                all.extend(records);
+                all.truncate(RECORD_COUNT_MAX);
+                return Some(all);
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => {
+                let error = format!("{error:#}");
+                tracing::warn!(error, "what was recorded before this server is lost");
+            }
+        }
+        Some(records)
+    }
+
+    /// Ends it here and leaves what was recorded to the server that takes over, which began before
+    /// this one ends and looks for that in the end.
+    pub(super) fn hand_on(&self) {
+        let Some(records) = self.take() else { return };
+        let count = records.len();
+        match self.write_draft(&Trace { records }) {
+            Ok(()) => tracing::info!(count, "the recording goes on in another process"),
+            Err(error) => {
+                let error = format!("{error:#}");
+                tracing::warn!(error, "what was recorded so far is lost");
+            }
+        }
+    }
+
+    /// Not synced: a torn one has a wrong checksum, and the recording begins anew.
+    fn write_draft(&self, trace: &Trace) -> Result<()> {
+        let beside = self.draft.beside(".new")?;
+        let written = beside.remove().and_then(|()| {
+            let file = beside.create_new(0o600)?;
+            file.write_all_at(&trace::encode(trace), 0)?;
+            beside.rename_over(&self.draft)
+        });
+        written.map_err(|error| {
+            let _ = beside.remove();
+            Error::io(format!("write {}", self.draft.path().display()), &error)
+        })
     }
 
     /// Leaves all as it was found, unless it has ended already: the empty file goes on asking for a
@@ -167,14 +234,23 @@ impl Recording {
         let told = |what: &str, place: &Place, error: &std::io::Error| {
             Error::io(format!("{what} {}", place.path().display()), error)
         };
-        self.ok.remove().map_err(|error| told("remove", &self.ok, &error))?;
         let file = self.trace.open_for_writing()?;
+        let found = file.metadata().map_err(|error| told("look at", &self.trace, &error))?;
+        if found.len() > 0 {
+            // By the server that we take over from, whose lock was removed at that moment, or by
+            // hand. It knows more, or is wanted more.
+            let _ = self.draft.remove().and_then(|()| self.lock.remove());
+            let message = format!("{}: somebody has written it", self.trace.path().display());
+            return Err(Error::new(ErrorKind::Busy, message));
+        }
+        self.ok.remove().map_err(|error| told("remove", &self.ok, &error))?;
         let written = write_whole(&file, &trace::encode(trace));
         if let Err(error) = written {
             // Empty again, it asks for a recording.
             let _ = file.set_len(0);
             return Err(told("write", &self.trace, &error));
         }
+        self.draft.remove().map_err(|error| told("remove", &self.draft, &error))?;
         self.lock.remove().map_err(|error| told("remove", &self.lock, &error))?;
         let made = self.ok.create_new(0o644).map(drop);
         made.map_err(|error| told("make", &self.ok, &error))
