@@ -157,7 +157,7 @@ fn the_device_is_right_in_a_real_kernel() {
     let suite = root.join("tests/vm/suite.sh");
     let status = Command::new(root.join("tools/vm"))
         .env("OBD_UBLK_BIN_DIR", binaries())
-        .args(["--env", "OBD_UBLK_KILLS"])
+        .args(["--env", "OBD_UBLK_KILLS", "--env", "OBD_UBLK_FEW"])
         .args(["--kernel", &kernel, "--timeout", "2400"])
         .arg("--share")
         .arg(shared.path())

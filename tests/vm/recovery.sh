@@ -46,7 +46,7 @@ wait_state() {
         read_state "$1"
         [[ "|$2|" != *"|$state|"* ]] || return 0
         [ "$SECONDS" -lt "$deadline" ] || break
-        sleep 0.1
+        pause 0.1
     done
     fail "$1 is $state, not $2, after $3 s: $(obd-ublk list 2>&1)"
 }
@@ -62,11 +62,11 @@ kill_and_wait() {
     old=$pid
     [ -n "$old" ] || fail "no server of $dev"
     kill "-$signal" "$old"
-    for _ in $(seq 600); do
+    for _ in {1..600}; do
         read_state "$dev"
         read_pid "$dev"
         [ "$state" != live ] || [ "$pid" = "$old" ] || return 0
-        sleep 0.1
+        pause 0.1
     done
     fail "$dev did not come back: $(obd-ublk list 2>&1)"
 }
@@ -87,7 +87,7 @@ reader() { # reader NAME COMMAND...
                 cp "/tmp/readers/$name.log" "/tmp/readers/$name.bad"
                 exit 1
             }
-            sleep 2
+            pause 2
         done
     ) &
     readers+=($!)
@@ -129,7 +129,7 @@ killed_servers_come_back_and_no_reader_sees_an_error() {
         dev=$(obd-ublk attach "$fio_config")
         devices+=("$dev")
         targets+=("$dev")
-        reader "fio$i" fio_verify "$dev" 20
+        reader "fio$i" fio_verify "$dev" 10
         for _ in 1 2; do
             dev=$(obd-ublk attach "$golden/config.json")
             devices+=("$dev")
@@ -194,14 +194,15 @@ a_server_that_the_kernel_kills_for_memory_comes_back() {
 }
 
 ten_upgrades_under_load_are_not_noticed() {
-    local dev pauses=() pause pid old
+    local dev pauses=() took pid old times
+    repeat 10 4
     dmesg -C
     dev=$(obd-ublk attach "$fio_config")
     start_readers
     reader fio fio_verify "$dev" 10
-    for _ in $(seq 10); do
-        pause=$(obd-ublk upgrade "$dev")
-        pauses+=("${pause##*  }")
+    for _ in $(seq "$times"); do
+        took=$(obd-ublk upgrade "$dev")
+        pauses+=("${took##*  }")
     done
     # A program that is none of ours: nothing changes.
     read_pid "$dev"
@@ -260,8 +261,8 @@ kills_at_any_moment_end_in_a_device_or_in_nothing() {
         # While it is attached: the caller hears of it, or has a device that works.
         obd-ublk attach --id 9 "$golden/config.json" >/tmp/attached 2>&1 &
         pid=$!
-        sleep 0.3
-        sleep "$delay"
+        pause 0.3
+        pause "$delay"
         pkill -9 -f 'serve-device --id 9' || true
         if wait "$pid"; then
             wait_state "$dev" live 60
@@ -271,14 +272,14 @@ kills_at_any_moment_end_in_a_device_or_in_nothing() {
         obd-ublk attach --id 9 "$golden/config.json"
         read_pid "$dev"
         kill -9 "$pid"
-        sleep "$delay"
+        pause "$delay"
         pkill -9 -f 'serve-successor --id 9' || true
         settled "$dev"
         # While it goes away.
         obd-ublk attach --id 9 "$golden/config.json"
         obd-ublk detach "$dev" >/dev/null 2>&1 &
         pid=$!
-        sleep "$delay"
+        pause "$delay"
         pkill -9 -f 'serve-device --id 9' || true
         wait "$pid" || true
         settled "$dev"
@@ -293,19 +294,19 @@ a_crash_loop_is_given_up_loudly_and_recover_tries_again() {
         old=$pid
         kill -9 "$old" 2>/dev/null || true
         # Not the state of the server that was killed, which may show for a moment.
-        for _ in $(seq 600); do
+        for _ in {1..600}; do
             read_state "$dev"
             read_pid "$dev"
             [ "$state" != lost ] || break 2
             [ "$state" != live ] || [ "$pid" = "$old" ] || break
-            sleep 0.1
+            pause 0.1
         done
     done
     [ "$state" = lost ] || fail "never given up"
     obd-ublk list 2>&1 | grep -q 'died early' || fail "list is silent: $(obd-ublk list 2>&1)"
     dd if="$dev" of=/dev/null bs=4k count=1 iflag=direct &
     reader=$!
-    sleep 1
+    pause 1
     kill -0 "$reader" || fail "the reader did not wait"
     obd-ublk recover "$dev"
     wait "$reader" || fail "the reader saw an error"
@@ -322,16 +323,16 @@ a_supervisor_that_dies_is_replaced_and_goes_on_guarding() {
     for _ in $(seq 100); do
         new=$(supervisor_pid)
         [ -z "$new" ] || [ "$new" = "$old" ] || break
-        sleep 0.2
+        pause 0.2
     done
     [ -n "$new" ] || fail "no new supervisor"
-    sleep 1
+    pause 1
     kill_and_wait "$dev" KILL
     obd-ublk stat "$dev" | grep -q parcel
     # Everything at once: only the state file is left, and `recover`.
     read_pid "$dev"
     kill -9 "$(supervisor_pid)" "$pid"
-    sleep 1
+    pause 1
     obd-ublk list | grep -q recovering || fail "$(obd-ublk list)"
     obd-ublk recover --all
     obd-ublk stat "$dev" | grep -q 'opened anew'
@@ -347,7 +348,7 @@ detach_ends_whatever_is_in_the_way() {
     dev=$(obd-ublk attach "$golden/config.json")
     read_pid "$dev"
     kill -9 "$(supervisor_pid)" "$pid"
-    sleep 1
+    pause 1
     dd if="$dev" of=/dev/null bs=4k count=1 iflag=direct 2>/dev/null &
     reader=$!
     timeout 60 obd-ublk detach "$dev"
@@ -387,7 +388,7 @@ a_device_outlives_the_control_group_of_its_caller() {
     mkdir -p /sys/fs/cgroup/login
     dev=$(bash -c 'echo $$ >/sys/fs/cgroup/login/cgroup.procs; exec obd-ublk attach "$1"' _ "$golden/config.json")
     echo 1 >/sys/fs/cgroup/login/cgroup.kill
-    sleep 0.5
+    pause 0.5
     wait_state "$dev" live 1
     [ -n "$(supervisor_pid)" ] || fail "the supervisor died"
     read_pid "$dev"

@@ -13,7 +13,7 @@ start_registry() {
     registry_pid=$!
     for _ in $(seq 100); do
         ! grep -q '^http[^ ]*$' /tmp/registry.log || return 0
-        sleep 0.1
+        pause 0.1
     done
     fail "the registry did not start: $(cat /tmp/registry.log)"
 }
@@ -44,9 +44,20 @@ PYTHON
 }
 
 # A fifth of the answers are wrong; then the server dies, then the registry, then the server again.
+# The uppermost layer's folder is a mount of its own, where its file comes to be.
 an_image_in_a_bad_registry_is_served_and_outlives_it() {
     local dev pid state registry_pid
     new_blobs "$golden"/*.commit
+    mkdir -p /mnt/layer
+    mount -t tmpfs none /mnt/layer
+    python3 - <<'PYTHON'
+import json
+config = json.load(open("/tmp/far.json"))
+config["lowers"][-1]["dir"] = "/mnt/layer"
+for lower in config["lowers"][:4]:
+    del lower["size"]
+json.dump(config, open("/tmp/far.json", "w"))
+PYTHON
     start_registry --faults 20 --seed 7
     dmesg -C
     dev=$(obd-ublk attach /tmp/far.json)
@@ -56,12 +67,24 @@ an_image_in_a_bad_registry_is_served_and_outlives_it() {
     kill_and_wait "$dev" KILL
     obd-ublk-device-check check "$dev" "$golden/pack"
     no_io_error_in_the_kernels_log
+    for _ in {1..300}; do
+        [ ! -e /mnt/layer/overlaybd.commit ] || break
+        pause 0.1
+    done
+    cmp /mnt/layer/overlaybd.commit "$(find /tmp/blobs -type f | sort | tail -n 1)"
     obd-ublk detach "$dev"
-    # Attached anew, nobody is asked for what is here.
-    dev=$(obd-ublk attach /tmp/far.json)
+    # Attached anew, nobody is asked for what is here; nor after a reboot, by somebody to whom the
+    # cache is elsewhere.
+    export OBD_UBLK_PERSIST_DIR=/tmp/persist.d
+    dev=$(obd-ublk attach --persist /tmp/far.json)
+    obd-ublk-device-check check "$dev" "$golden/pack"
+    obd-ublk detach --keep-persist "$dev"
+    nothing_left
+    [ "$(env -u OBD_UBLK_CACHE_DIR obd-ublk restore "$dev")" = "$dev" ]
     obd-ublk-device-check check "$dev" "$golden/pack"
     obd-ublk detach "$dev"
     nothing_left
+    umount /mnt/layer
     rm -rf /tmp/blobs /tmp/cache
 }
 

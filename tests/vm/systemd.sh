@@ -42,7 +42,7 @@ start_system() {
         if [ -n "$system_pid" ] && in_system test -S /run/systemd/private; then
             return 0
         fi
-        sleep 0.3
+        pause 0.3
     done
     fail "systemd did not start: $(cat /tmp/system.log; dmesg | grep systemd | tail -n 5)"
 }
@@ -52,7 +52,7 @@ stop_system() {
     kill -9 "$system_pid"
     for _ in $(seq 100); do
         pgrep -x systemd >/dev/null || return 0
-        sleep 0.1
+        pause 0.1
     done
     fail "systemd cannot be killed"
 }
@@ -76,7 +76,7 @@ new_supervisor_in_system() { # new_supervisor_in_system NOT_THIS_PID
         if [ -n "$pid" ] && [ "$pid" != "$1" ]; then
             return 0
         fi
-        sleep 0.3
+        pause 0.3
     done
     fail "no new supervisor"
 }
@@ -93,7 +93,7 @@ live_in_system() { # live_in_system DEV NOT_THIS_PID: waits for another server t
             in_system obd-ublk list | grep -q "$1 .* live"; then
             return 0
         fi
-        sleep 0.3
+        pause 0.3
     done
     fail "$1 is not live: $(in_system obd-ublk list 2>&1; in_system cat /run/obd-ublk/supervisor.log)"
 }
@@ -109,7 +109,7 @@ nothing_left_in_system() {
     for _ in $(seq 50); do
         left=$(in_system systemctl list-units --all --plain --no-legend 'obd-ublk*')
         [ -n "$left" ] || break
-        sleep 0.3
+        pause 0.3
     done
     [ -z "$left" ] || fail "units left: $left"
     nothing_left
@@ -130,7 +130,7 @@ under_systemd_devices_and_supervisor_have_units_of_their_own() {
         sh -c 'obd-ublk attach "$1" >/tmp/attached; exec sleep 1000' _ "$golden/config.json" &
     for _ in $(seq 200); do
         [ ! -s /tmp/attached ] || break
-        sleep 0.3
+        pause 0.3
     done
     dev=$(cat /tmp/attached)
     in_system systemctl kill --signal=KILL login.scope

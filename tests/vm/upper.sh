@@ -75,7 +75,7 @@ an_image_is_written_through_an_upper_of_its_own() {
     dev=$(obd-ublk attach --unsupervised --upper /tmp/short-lived --ephemeral "$upper_base/config.json")
     read_pid "$dev"
     kill -9 "$pid"
-    sleep 1
+    pause 1
     obd-ublk detach "$dev"
     [ -z "$(ls /tmp/short-lived)" ] || fail "left after a kill: $(ls /tmp/short-lived)"
     nothing_left
@@ -127,7 +127,7 @@ acknowledged_writes_outlive_a_server_that_nobody_replaces() {
     dd if=/tmp/random of="$dev" bs=64k oflag=direct 2>/dev/null
     read_pid "$dev"
     kill -9 "$pid"
-    sleep 1
+    pause 1
     obd-ublk detach "$dev"
     obd-ublk export "$config" -o /tmp/seen.raw
     cmp -n 1048576 /tmp/random /tmp/seen.raw || fail "export does not see it"
@@ -179,7 +179,7 @@ discarded_sectors_read_as_zeros_for_good() {
 }
 
 written_devices_are_upgraded_under_load() {
-    local config dev pauses=() pause writer
+    local config dev pauses=() took writer
     dmesg -C
     new_disk 64M
     dev=$(obd-ublk attach "$config")
@@ -188,8 +188,8 @@ written_devices_are_upgraded_under_load() {
         --output=/tmp/fio.log &
     writer=$!
     for _ in 1 2 3; do
-        pause=$(obd-ublk upgrade "$dev")
-        pauses+=("${pause##*  }")
+        took=$(obd-ublk upgrade "$dev")
+        pauses+=("${took##*  }")
     done
     wait "$writer" || fail "fio: $(tail -n 5 /tmp/fio.log)"
     no_io_error_in_the_kernels_log
@@ -300,7 +300,7 @@ an_attached_disk_grows_where_the_kernel_can() {
         dd if=/dev/urandom of=/mnt/disk/busy bs=64k count=64 conv=fsync 2>/dev/null || exit 1
     done) &
     writer=$!
-    sleep 1
+    pause 1
     expect_status 64 obd-ublk resize "$dev" 32M
     obd-ublk resize "$dev" 128M >&3
     [ "$(blockdev --getsize64 "$dev")" = $((128 << 20)) ] || fail "$(blockdev --getsize64 "$dev")"
@@ -413,10 +413,11 @@ fio_verifies_a_mounted_ext4_and_xfs_under_kills() {
 
 # Reads, writes, truncates, maps, punches and copies ranges of one file, each compared with a copy.
 fsx_finds_no_fault_in_a_mounted_ext4_and_xfs() {
-    local config dev type seed
+    local config dev type seed times
+    repeat 3 1
     for type in ext4 xfs; do
         new_file_system "$type"
-        for seed in 1 2 3; do
+        for seed in $(seq "$times"); do
             "$folder/bin/fsx" -q -N 2000 -S "$seed" -P /tmp "/mnt/disk/fsx$seed" >/tmp/fsx.log 2>&1 ||
                 fail "fsx on $type, seed $seed: $(tail -n 5 /tmp/fsx.log)"
             sync

@@ -12,7 +12,7 @@ start_ram_disk() {
         dev=$(head -n 1 /tmp/ram-disk.log)
         [[ ! $dev =~ ^/dev/ublkb[0-9]+$ ]] || return 0
         kill -0 "$server" 2>/dev/null || break
-        sleep 0.1
+        pause 0.1
     done
     fail "no disk: $(cat /tmp/ram-disk.log)"
 }
