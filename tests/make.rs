@@ -16,6 +16,8 @@ mod content;
 mod digests;
 #[path = "make/golden.rs"]
 mod golden;
+#[path = "make/pairs.rs"]
+mod pairs;
 #[path = "common/random.rs"]
 mod random;
 

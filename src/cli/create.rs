@@ -2,12 +2,12 @@
 
 use super::args::parse_size;
 use super::making::parse_uuid;
-use super::mkfs::make_ext4;
+use super::mkfs::{copy_append, copy_sparse, make_ext4};
 use super::output;
 use crate::error::Result;
 use crate::format::lsmt::UuidText;
 use crate::server;
-use crate::upper::{Form, NewPair, PairPaths, create_as, new_uuid};
+use crate::upper::{Form, NewPair, PairPaths, check_vacant, create_as, create_filled, new_uuid};
 use serde_json::json;
 use std::path::PathBuf;
 
@@ -60,14 +60,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<()> {
     if let (Some(index), Some(bytes)) = (&args.index, args.gibibytes) {
         let paths = PairPaths { data: args.folder.clone(), index: index.clone() };
-        create_pair(&paths, bytes, args.sparse, args.parent_uuid)?;
-        if args.mkfs {
-            make_ext4(&paths, bytes, args.sparse).inspect_err(|_| {
-                for path in [&paths.data, &paths.index] {
-                    let _ = std::fs::remove_file(path);
-                }
-            })?;
-        }
+        create_pair(&paths, bytes, args)?;
         if args.json {
             let (data, index) = (paths.data.display(), paths.index.display());
             let facts = json!({"data": data.to_string(), "index": index.to_string()});
@@ -85,15 +78,20 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 /// Makes the two files of an upper. Whether layers will lie below is not known here: the sparse
 /// form is checked for both.
-pub(crate) fn create_pair(
-    paths: &PairPaths,
-    virtual_bytes: u64,
-    sparse: bool,
-    parent_uuid: Option<UuidText>,
-) -> Result<()> {
-    let form = if sparse { Form::Sparse { over_lowers: true } } else { Form::Append };
-    let parent_uuid = parent_uuid.unwrap_or(UuidText::NIL);
-    create_as(paths, &NewPair { virtual_bytes, uuid: new_uuid()?, parent_uuid }, form)
+fn create_pair(paths: &PairPaths, virtual_bytes: u64, args: &Args) -> Result<()> {
+    let form = if args.sparse { Form::Sparse { over_lowers: true } } else { Form::Append };
+    let parent_uuid = args.parent_uuid.unwrap_or(UuidText::NIL);
+    let new = NewPair { virtual_bytes, uuid: new_uuid()?, parent_uuid };
+    if !args.mkfs {
+        return create_as(paths, &new, form);
+    }
+    // What is there already should not be told after minutes of mkfs.
+    check_vacant(paths)?;
+    let plain = make_ext4(&paths.data, virtual_bytes)?;
+    create_filled(paths, &new, form, |data, index| match form {
+        Form::Sparse { .. } => copy_sparse(&plain, data),
+        Form::Append => copy_append(&plain, data, index),
+    })
 }
 
 /// A number of GiB, as overlaybd's own tool has it; or a size with its unit.

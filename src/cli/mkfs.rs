@@ -1,14 +1,16 @@
-//! A file system in a new upper: made by e2fsprogs in a file without holes filled in, and copied.
+//! A file system in a new upper: made by e2fsprogs in a file without a name, and copied without
+//! its zeros while the pair has no names yet. Whatever ends the process leaves no pair that is
+//! half one.
 //!
 //! The parameters are those of the reference's converter (no journal, no checksums of metadata, no
 //! UUID, no time), so that the same size gives the same bytes with the same e2fsprogs.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::lsmt::{DATA_START_SECTOR, HEADER_BYTES, SegmentMapping, encode_index};
-use crate::source::{data_extents_of, open_regular_for_writing};
+use crate::source::data_extents_of;
 use crate::units::{SECTOR_SIZE, to_u64, to_usize, whole_sectors};
-use crate::upper::PairPaths;
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -28,30 +30,31 @@ const NIL: &str = "00000000-0000-0000-0000-000000000000";
 /// The seed of directory hashes. Not zero as the converter's: mke2fs takes that for "choose one".
 const HASH_SEED: &str = "00000000-0000-0000-0000-000000000001";
 
-/// Puts an ext4 into a new pair of so many bytes.
+/// An ext4 of so many bytes, in a file without a name that lies beside `data`.
 ///
 /// # Errors
 /// `Unsupported` without mke2fs; what it says when it fails; what writing says.
-pub(super) fn make_ext4(paths: &PairPaths, virtual_bytes: u64, sparse: bool) -> Result<()> {
-    let folder = match paths.data.parent() {
+pub(super) fn make_ext4(data: &Path, virtual_bytes: u64) -> Result<File> {
+    let folder = match data.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
     let told = |error| Error::io("make a file for the file system", &error);
-    let plain = tempfile::NamedTempFile::new_in(folder).map_err(told)?;
-    plain.as_file().set_len(virtual_bytes).map_err(told)?;
-    run_mke2fs(plain.path())?;
-    if sparse { copy_sparse(plain.as_file(), paths) } else { copy_append(plain.as_file(), paths) }
+    let plain = tempfile::tempfile_in(folder).map_err(told)?;
+    plain.set_len(virtual_bytes).map_err(told)?;
+    run_mke2fs(plain.try_clone().map_err(told)?)?;
+    Ok(plain)
 }
 
-fn run_mke2fs(target: &Path) -> Result<()> {
+/// Has mke2fs make a file system in `target`, which it gets as its standard input.
+fn run_mke2fs(target: File) -> Result<()> {
     let mut search = std::env::var_os("PATH").unwrap_or_default();
     search.push(SEARCH);
     let output = Command::new("mke2fs")
         .args(["-q", "-F", "-t", "ext4", "-b", "4096", "-I", "256", "-i", "16384", "-m", "5"])
         .args(["-O", FEATURES, "-U", NIL, "-E"])
         .arg(format!("hash_seed={HASH_SEED},root_owner=0:0,lazy_itable_init=1"))
-        .arg(target)
+        .arg("/proc/self/fd/0")
         .env("PATH", search)
         // The host's own wishes are not those of the layer; and time stands still.
         .env("MKE2FS_CONFIG", "/dev/null")
@@ -59,7 +62,7 @@ fn run_mke2fs(target: &Path) -> Result<()> {
         .env("SOURCE_DATE_EPOCH", "1")
         .env("LC_ALL", "C")
         .env("TZ", "UTC")
-        .stdin(Stdio::null())
+        .stdin(target)
         .stdout(Stdio::null())
         .output();
     let output = match output {
@@ -97,29 +100,32 @@ fn each_block(plain: &File, mut take: impl FnMut(u64, &[u8]) -> Result<()>) -> R
     Ok(())
 }
 
-fn copy_sparse(plain: &File, paths: &PairPaths) -> Result<()> {
-    let name = paths.data.display();
-    let told = |error| Error::io(format!("write {name}"), &error);
-    let data = open_regular_for_writing(&paths.data)?;
+fn told(error: io::Error) -> Error {
+    Error::io("write the file system", &error)
+}
+
+/// Copies the file system to the data file of a new pair in sparse form.
+///
+/// # Errors
+/// What reading and writing say.
+pub(super) fn copy_sparse(plain: &File, data: &File) -> Result<()> {
     each_block(plain, |at, block| {
         data.write_all_at(block, HEADER_BYTES.saturating_add(at)).map_err(told)
     })?;
     data.sync_all().map_err(told)
 }
 
-/// Data first, then the entries that name it, in the reference's form. Nobody else has the pair.
-fn copy_append(plain: &File, paths: &PairPaths) -> Result<()> {
-    let told = |path: &Path| {
-        let action = format!("write {}", path.display());
-        move |error| Error::io(action.clone(), &error)
-    };
-    let data = open_regular_for_writing(&paths.data)?;
-    let index = open_regular_for_writing(&paths.index)?;
+/// Copies the file system to the files of a new pair in append form: the data, and the entries that
+/// name it, as the reference writes them.
+///
+/// # Errors
+/// What reading and writing say.
+pub(super) fn copy_append(plain: &File, data: &File, index: &File) -> Result<()> {
     let mut segments: Vec<SegmentMapping> = Vec::new();
     let mut next_sector = DATA_START_SECTOR;
     each_block(plain, |at, block| {
         let to_byte = next_sector.saturating_mul(SECTOR_SIZE);
-        data.write_all_at(block, to_byte).map_err(told(&paths.data))?;
+        data.write_all_at(block, to_byte).map_err(told)?;
         let (start_sector, sectors) = (whole_sectors(at), whole_sectors(to_u64(block.len())));
         match segments.last_mut() {
             Some(last)
@@ -139,7 +145,7 @@ fn copy_append(plain: &File, paths: &PairPaths) -> Result<()> {
         next_sector += sectors;
         Ok(())
     })?;
-    data.sync_all().map_err(told(&paths.data))?;
+    data.sync_all().map_err(told)?;
     let written = index.write_all_at(&encode_index(&segments), HEADER_BYTES);
-    written.and_then(|()| index.sync_all()).map_err(told(&paths.index))
+    written.and_then(|()| index.sync_all()).map_err(told)
 }

@@ -7,7 +7,7 @@ use crate::format::config::ImageConfig;
 use crate::image::{Image, read_config_or_layer};
 use crate::upper::{self, Form};
 use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 /// The name of the config in the folder: as snapshotters call it.
@@ -66,8 +66,9 @@ pub fn create_disk(
         tracing::info!("{} was left by an attempt that was cut off", paths.data.display());
     }
     let form = if sparse { Form::Sparse { over_lowers: base_bytes > 0 } } else { Form::Append };
+    let mode = config_mode(base.map(|base| current.join(base)).as_deref())?;
     make_pair(&paths, size_bytes, form)?;
-    let written = write_new(&config, text.as_bytes());
+    let written = write_new(&config, text.as_bytes(), mode);
     written.context(|| "write the config".to_owned()).inspect_err(|_| {
         for path in [&paths.data, &paths.index] {
             let _ = std::fs::remove_file(path);
@@ -76,13 +77,22 @@ pub fn create_disk(
     Ok(config)
 }
 
+/// The mode of a config that repeats what `base` says: its owner's, and no more to others than they
+/// may read there, as an address in it may hold a password.
+fn config_mode(base: Option<&Path>) -> Result<u32> {
+    let Some(base) = base else { return Ok(0o666) };
+    let told = |error| Error::io(format!("look at {}", base.display()), &error);
+    let mode = base.metadata().map_err(told)?.permissions().mode();
+    Ok(0o666 & (mode | 0o600))
+}
+
 /// Writes a file that must not be there yet: whole, or not at all.
-fn write_new(path: &Path, text: &[u8]) -> Result<()> {
+fn write_new(path: &Path, text: &[u8], mode: u32) -> Result<()> {
     let mut draft = path.as_os_str().to_owned();
     draft.push(".new");
     let draft = PathBuf::from(draft);
     let mut options = std::fs::File::options();
-    let made = options.write(true).create(true).truncate(true).mode(0o644).open(&draft);
+    let made = options.write(true).create(true).truncate(true).mode(mode).open(&draft);
     let written = made.and_then(|mut file| {
         file.write_all(text)?;
         file.sync_all()?;

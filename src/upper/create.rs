@@ -7,8 +7,9 @@
 //! ```
 //!
 //! A data file under its name has its index. What an attempt that was cut off leaves are files
-//! called `.new`, which the next one writes over, and perhaps an index without a single entry that
-//! has no data file beside it. Whoever makes a pair holds the lock of its `data.new`.
+//! called `.new`, which the next one writes over, and perhaps an index that has no data file beside
+//! it: without a single entry, or with the UUID of `data.new`. Whoever makes a pair holds the lock
+//! of its `data.new`.
 
 use super::open::read_header;
 use super::sparse::check_blocks;
@@ -92,7 +93,44 @@ fn check_not_empty(virtual_bytes: u64) -> Result<()> {
 #[must_use]
 pub fn is_vacant(paths: &PairPaths) -> bool {
     let is_there = |path: &Path| path.symlink_metadata().is_ok();
-    !is_there(&paths.data) && (!is_there(&paths.index) || is_blank_index(&paths.index))
+    let is_left = |index: &Path| is_blank_index(index) || is_of_draft(index, &paths.data);
+    !is_there(&paths.data) && (!is_there(&paths.index) || is_left(&paths.index))
+}
+
+/// Whether the index belongs to a data file that never got its name.
+fn is_of_draft(index: &Path, data: &Path) -> bool {
+    let draft = open_regular_for_writing(&draft_of(data)).ok();
+    let header = draft.and_then(|draft| read_header(&draft, 0).ok().flatten());
+    header.is_some_and(|header| is_of_pair(index, &header.uuid.to_string()))
+}
+
+/// Removes the index that a cut attempt left, if it holds anything: that it is one can be seen only
+/// as long as the draft beside it is not written over.
+fn remove_filled_index(index: &Path) -> Result<()> {
+    if index.symlink_metadata().is_err() || is_blank_index(index) {
+        return Ok(());
+    }
+    std::fs::remove_file(index).map_err(named(index))
+}
+
+/// The name that a file has until it is whole.
+fn draft_of(target: &Path) -> PathBuf {
+    let mut name = target.file_name().unwrap_or_default().to_owned();
+    name.push(".new");
+    target.with_file_name(name)
+}
+
+/// Refuses where a pair cannot be made because something is there.
+///
+/// # Errors
+/// `Io`, with `EEXIST`.
+pub fn check_vacant(paths: &PairPaths) -> Result<()> {
+    if is_vacant(paths) {
+        return Ok(());
+    }
+    let is_data = paths.data.symlink_metadata().is_ok();
+    let there = if is_data { &paths.data } else { &paths.index };
+    Err(named(there)(io::Error::from_raw_os_error(libc::EEXIST)))
 }
 
 /// Removes a pair that was never opened: what is left of an attempt that made the pair and was cut
@@ -148,15 +186,26 @@ fn is_blank_data(data: &File) -> bool {
 /// # Errors
 /// As [`create_fresh`].
 pub fn create_as(paths: &PairPaths, new: &NewPair, form: Form) -> Result<()> {
+    create_filled(paths, new, form, |_, _| Ok(()))
+}
+
+/// As [`create_as`], of a pair that holds something from the start: `fill` gets its data file and
+/// its index, which have their headers and not yet their names, and syncs what it writes.
+///
+/// # Errors
+/// As [`create_as`], and those of `fill`.
+pub fn create_filled(
+    paths: &PairPaths,
+    new: &NewPair,
+    form: Form,
+    fill: impl FnOnce(&File, &File) -> Result<()>,
+) -> Result<()> {
     let sectors = bytes_to_sectors(new.virtual_bytes);
     if sectors.is_none_or(|sectors| sectors > VIRTUAL_SECTORS_MAX) {
         let message = format!("a disk of {} bytes: expected whole sectors", new.virtual_bytes);
         return Err(Error::new(ErrorKind::InvalidConfig, message));
     }
-    if !is_vacant(paths) {
-        let there = if paths.data.exists() { &paths.data } else { &paths.index };
-        return Err(named(there)(io::ErrorKind::AlreadyExists.into()));
-    }
+    check_vacant(paths)?;
     if is_same_name(&paths.data, &paths.index) {
         let message = format!(
             "{} and {} are one file, expected the data and the index of a pair",
@@ -168,7 +217,12 @@ pub fn create_as(paths: &PairPaths, new: &NewPair, form: Form) -> Result<()> {
     let data = Draft::open(&paths.data)?;
     let index = Draft::open(&paths.index).inspect_err(|_| data.remove())?;
     let drafts = [data, index];
-    let made = write_drafts(&drafts, new, form).and_then(|()| publish(&drafts));
+    // Once more: somebody else may have made it before the lock was ours.
+    let made = check_vacant(paths)
+        .and_then(|()| remove_filled_index(&paths.index))
+        .and_then(|()| write_drafts(&drafts, new, form))
+        .and_then(|()| fill(&drafts[0].file, &drafts[1].file))
+        .and_then(|()| publish(&drafts));
     made.inspect_err(|_| drafts.iter().for_each(Draft::remove))
 }
 
@@ -192,15 +246,13 @@ struct Draft<'a> {
 
 impl<'a> Draft<'a> {
     fn open(target: &'a Path) -> Result<Self> {
-        let mut name = target.file_name().unwrap_or_default().to_owned();
-        name.push(".new");
-        let path = target.with_file_name(name);
+        let path = draft_of(target);
         let file = File::options()
             .read(true)
             .write(true)
             .create(true)
             .truncate(false)
-            .mode(0o644)
+            .mode(0o666)
             .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC).bits())
             .open(&path)
             .map_err(named(&path))?;
@@ -303,6 +355,101 @@ fn named(path: &Path) -> impl Fn(io::Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn new_pair() -> NewPair {
+        let (uuid, parent_uuid) = (new_uuid().unwrap(), UuidText::NIL);
+        NewPair { virtual_bytes: 1 << 20, uuid, parent_uuid }
+    }
+
+    fn names(folder: &Path) -> Vec<std::ffi::OsString> {
+        let entries = std::fs::read_dir(folder).unwrap();
+        let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn what_cannot_be_filled_leaves_nothing_and_what_is_filled_is_whole_when_it_is_seen() {
+        let folder = tempfile::tempdir().unwrap();
+        let here = folder.path();
+        let paths = PairPaths { data: here.join("data"), index: here.join("index") };
+        for form in [Form::Append, Form::Sparse { over_lowers: true }] {
+            let full = create_filled(&paths, &new_pair(), form, |data, _| {
+                assert_eq!(names(here), ["data.new", "index.new"]);
+                data.write_at(HEADER_BYTES, &[1; 4096]).unwrap();
+                Err(Error::io("write", &io::ErrorKind::StorageFull.into()))
+            });
+            assert_eq!(full.unwrap_err().kind(), ErrorKind::NoSpace);
+            assert!(names(here).is_empty());
+            create_filled(&paths, &new_pair(), form, |data, _| {
+                data.write_at(HEADER_BYTES, &[1; 4096]).unwrap();
+                Ok(())
+            })
+            .unwrap();
+            assert_eq!(names(here), ["data", "index"]);
+            let mut seen = [0; 4096];
+            let data = File::open(&paths.data).unwrap();
+            std::os::unix::fs::FileExt::read_exact_at(&data, &mut seen, HEADER_BYTES).unwrap();
+            assert_eq!(seen, [1; 4096]);
+            std::fs::remove_file(&paths.data).unwrap();
+            std::fs::remove_file(&paths.index).unwrap();
+        }
+    }
+
+    /// What is left when the process is killed between the two renamings.
+    #[test]
+    fn a_filled_index_is_in_the_way_unless_its_data_file_is_still_a_draft() {
+        let folder = tempfile::tempdir().unwrap();
+        let here = folder.path();
+        let paths = PairPaths { data: here.join("data"), index: here.join("index") };
+        let fill = |_: &File, index: &File| {
+            index.write_at(HEADER_BYTES, &[0xff; 16]).unwrap();
+            Ok(())
+        };
+        create_filled(&paths, &new_pair(), Form::Append, fill).unwrap();
+        assert!(!is_vacant(&paths));
+        std::fs::rename(&paths.data, here.join("data.new")).unwrap();
+        assert!(is_vacant(&paths));
+        let cut_again = create_filled(&paths, &new_pair(), Form::Append, |_, _| {
+            assert_eq!(names(here), ["data.new", "index.new"], "nobody would know whose it is");
+            Err(Error::new(ErrorKind::Canceled, "cut again"))
+        });
+        assert_eq!(cut_again.unwrap_err().kind(), ErrorKind::Canceled);
+        create(&paths, &new_pair()).unwrap();
+        assert_eq!(paths.index.metadata().unwrap().len(), HEADER_BYTES);
+        // The index of another pair is somebody's.
+        let other = PairPaths { data: here.join("other"), index: here.join("other.index") };
+        create_filled(&other, &new_pair(), Form::Append, fill).unwrap();
+        std::fs::rename(&paths.data, here.join("other.new")).unwrap();
+        std::fs::remove_file(&other.data).unwrap();
+        let error = create(&other, &new_pair()).unwrap_err();
+        assert_eq!(error.errno(), libc::EEXIST);
+        assert_eq!(other.index.metadata().unwrap().len(), HEADER_BYTES + 16);
+    }
+
+    /// Whoever looked before another one had made the pair once took its index away.
+    #[test]
+    fn two_that_make_the_same_pair_leave_one_that_is_whole() {
+        for _ in 0..200 {
+            let folder = tempfile::tempdir().unwrap();
+            let here = folder.path();
+            let paths = PairPaths { data: here.join("data"), index: here.join("index") };
+            let start = std::sync::Barrier::new(3);
+            let made: Vec<_> = std::thread::scope(|scope| {
+                let make = || {
+                    start.wait();
+                    create(&paths, &new_pair())
+                };
+                let threads: Vec<_> = (0..3).map(|_| scope.spawn(make)).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            assert_eq!(made.iter().filter(|made| made.is_ok()).count(), 1, "{made:?}");
+            assert_eq!(names(here), ["data", "index"], "{made:?}");
+            let data = open_regular_for_writing(&paths.data).unwrap();
+            let uuid = read_header(&data, 0).unwrap().unwrap().uuid.to_string();
+            assert!(is_of_pair(&paths.index, &uuid), "one of each");
+        }
+    }
 
     #[test]
     fn a_pair_that_cannot_be_made_leaves_no_draft() {

@@ -36,7 +36,8 @@ mod worker;
 
 pub use compact::compact;
 pub use create::{
-    Form, NewPair, create, create_as, create_fresh, is_of_pair, is_vacant, new_uuid, remove_unused,
+    Form, NewPair, check_vacant, create, create_as, create_filled, create_fresh, is_of_pair,
+    is_vacant, new_uuid, remove_unused,
 };
 pub use journal::{Journal, JournalKey, boot_id};
 pub use open::{

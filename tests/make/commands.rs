@@ -21,14 +21,14 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_obd-ublk");
+pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_obd-ublk");
 
 fn run_in(folder: &Path, arguments: &[&str]) -> Output {
     Command::new(PROGRAM).args(arguments).current_dir(folder).output().unwrap()
 }
 
 /// Runs a command that must succeed; what it prints.
-fn ok(folder: &Path, arguments: &[&str]) -> String {
+pub(crate) fn ok(folder: &Path, arguments: &[&str]) -> String {
     let output = run_in(folder, arguments);
     let told = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success(), "{arguments:?}: {told}");
@@ -36,14 +36,14 @@ fn ok(folder: &Path, arguments: &[&str]) -> String {
 }
 
 /// Runs a command that must end with this exit code; what it says.
-fn refused(folder: &Path, code: i32, arguments: &[&str]) -> String {
+pub(crate) fn refused(folder: &Path, code: i32, arguments: &[&str]) -> String {
     let output = run_in(folder, arguments);
     let told = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(code), "{arguments:?}: {told}");
     told
 }
 
-fn flattened(folder: &Path, image: &str) -> String {
+pub(crate) fn flattened(folder: &Path, image: &str) -> String {
     ok(folder, &["export", image, "-o", "flat.raw"]);
     let digest = sha256_of_file(&folder.join("flat.raw"));
     std::fs::remove_file(folder.join("flat.raw")).unwrap();
