@@ -335,6 +335,60 @@ fn a_layer_never_has_more_entries_than_the_reference_reads() {
     assert_eq!(checked.entries.iter().map(|entry| entry.1).sum::<u64>(), 1_200_000);
 }
 
+/// Whether a relaxed layer has room for its entries can depend on what is read: then it is laid out
+/// without being stored first.
+#[test]
+fn a_relaxed_layer_that_may_have_too_many_entries_is_tried_before_it_is_written() {
+    const ENTRIES: u64 = 999_936;
+    let mut random = Random(3);
+    let data: Vec<u8> =
+        (0..512).flat_map(|at| sector(Fill::Incompressible, at, &mut random)).collect();
+    let zfile = WriteOptions { block_bytes: 65536, ..WriteOptions::default() };
+    let options = MakeOptions { zfile: Some(zfile), threads: 2, ..Default::default() };
+    // As many as there may be, of two sectors each: behind 112 none lies in two blocks, which have
+    // 120; behind an odd one each 60th does.
+    for (first, fits) in [(2, true), (1, false)] {
+        let entry = |at: u64| obd_ublk::format::lsmt::SegmentMapping {
+            start_sector: at * 4,
+            sectors: if at == 0 { first } else { 2 },
+            mapped_sector: 8 + at * 2 % 512,
+            zeroed: false,
+            tag: 0,
+        };
+        let entries: Vec<_> = (0..ENTRIES).map(entry).collect();
+        let layer = obd_ublk::format::lsmt::write_sealed(&entries, &data, 4 * ENTRIES * 512);
+        let content = Content::of_layer(open(layer)).unwrap();
+        let (sink, folder) = (Counted::default(), std::env::temp_dir());
+        let (done, canceled) = (AtomicU64::new(0), AtomicBool::new(false));
+        let watch = Watch { done: &done, canceled: &canceled };
+        let made = write_layer_to(&content, content.identity(), &options, &sink, &folder, &watch);
+        match made {
+            Ok(made) => assert_eq!((made.entries, made.relaxed, fits), (ENTRIES, true, true)),
+            Err(error) => {
+                assert!(!fits && error.kind() == ErrorKind::Unsupported, "{error}");
+                assert!(error.to_string().contains("choose blocks of 32 KiB or less"), "{error}");
+                assert_eq!(sink.0.into_inner(), 0, "nothing was written");
+            }
+        }
+    }
+}
+
+/// A sink that counts what was written since it was emptied.
+#[derive(Default)]
+struct Counted(AtomicU64);
+
+impl Sink for Counted {
+    fn write_at(&self, _: u64, bytes: &[u8]) -> io::Result<()> {
+        self.0.fetch_add(u64::try_from(bytes.len()).unwrap(), Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn clear(&self) -> io::Result<()> {
+        self.0.store(0, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
 /// Whatever a damaged layer says, it is refused or makes a layer that obeys the rules.
 #[test]
 fn layers_with_flipped_bits_are_refused_or_obeyed() {

@@ -1,5 +1,6 @@
 //! What a layer is made of, cut into pieces of work.
 
+use super::layout::{RelaxedEntries, relaxed_entries};
 use super::zeros::{self, Stretch};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::format::config::{ImageConfig, ServiceConfig};
@@ -162,6 +163,11 @@ impl Content {
         sectors.saturating_mul(SECTOR_SIZE)
     }
 
+    /// What is known of it as a relaxed layer, see `layout`.
+    pub(super) fn relaxed_entries(&self) -> RelaxedEntries {
+        foresee_relaxed(&self.runs)
+    }
+
     /// Refuses an output that is one of the files read.
     ///
     /// # Errors
@@ -244,16 +250,23 @@ impl<'a> Feed<'a> {
         }
     }
 
-    pub(super) fn cursor(&self) -> Cursor<'a> {
-        let entries_left = match self {
-            Self::Layer(content) => groups(&content.runs).map(|(_, entries)| entries).sum(),
-            Self::File(_) => 0,
+    /// A cursor at the front, for a layer that is laid out relaxed or not.
+    pub(super) fn cursor(&self, is_relaxed: bool) -> Cursor<'a> {
+        let runs = match self {
+            Self::Layer(content) => content.runs.as_slice(),
+            Self::File(_) => &[],
         };
-        let (feed, run, done) = (*self, 0, 0);
-        let mut cursor = Cursor { feed, run, done, entries_left, group_end: 0, group_entries: 0 };
-        if let Self::Layer(content) = self {
-            cursor.enter_group(&content.runs);
-        }
+        let mut cursor = Cursor {
+            feed: *self,
+            run: 0,
+            done: 0,
+            is_relaxed,
+            entries_left: groups(runs, is_relaxed, 0).map(|group| group.entries).sum(),
+            data_sectors: 0,
+            group_end: 0,
+            group_entries: 0,
+        };
+        cursor.enter_group(runs);
         cursor
     }
 
@@ -295,21 +308,44 @@ impl<'a> Feed<'a> {
     }
 }
 
-/// Runs that make one entry after the other, and how many at most.
-fn groups(runs: &[Run]) -> impl Iterator<Item = (usize, u64)> {
+/// Runs that make one entry after the other.
+struct Group {
+    runs: usize,
+    /// Entries that they make at most.
+    entries: u64,
+    /// Sectors that are stored for them, if none turn out to be zeros.
+    data_sectors: u64,
+}
+
+/// The groups of `runs`, behind so many sectors of data of other runs.
+fn groups(runs: &[Run], is_relaxed: bool, mut before: u64) -> impl Iterator<Item = Group> {
     let joined = |one: &Run, next: &Run| {
         let is_zero = |run: &Run| run.target == Target::Zero;
         one.end_sector == next.start_sector && is_zero(one) == is_zero(next)
     };
-    runs.chunk_by(joined).map(|group| {
+    runs.chunk_by(joined).map(move |group| {
         let lengths = group.iter().map(|run| run.end_sector - run.start_sector);
-        let is_zero = group.first().is_some_and(|run| run.target == Target::Zero);
-        let entries = if is_zero {
-            zeroed_entries(lengths)
+        let runs = group.len();
+        if group.first().is_some_and(|run| run.target == Target::Zero) {
+            return Group { runs, entries: zeroed_entries(lengths), data_sectors: 0 };
+        }
+        let data_sectors: u64 = lengths.sum();
+        let entries = if is_relaxed {
+            relaxed_entries(before, data_sectors)
         } else {
-            lengths.sum::<u64>().div_ceil(ENTRY_SECTORS_SURE)
+            data_sectors.div_ceil(ENTRY_SECTORS_SURE)
         };
-        (group.len(), entries)
+        before += data_sectors;
+        Group { runs, entries, data_sectors }
+    })
+}
+
+/// What is known of a relaxed layer of these runs before anything is read.
+fn foresee_relaxed(runs: &[Run]) -> RelaxedEntries {
+    let none = RelaxedEntries { data_sectors: 0, at_most: 0 };
+    groups(runs, true, 0).fold(none, |sum, group| RelaxedEntries {
+        data_sectors: sum.data_sectors + group.data_sectors,
+        at_most: sum.at_most + group.entries,
     })
 }
 
@@ -339,9 +375,12 @@ pub(super) struct Cursor<'a> {
     /// The run, and the sectors of it that are taken; or, of a file, the bytes.
     run: usize,
     done: u64,
+    is_relaxed: bool,
     /// Entries that the rest takes at most, the group of runs at the cursor included.
     pub(super) entries_left: u64,
-    /// Where that group ends, and its part of them.
+    /// Sectors of data up to the end of that group.
+    data_sectors: u64,
+    /// Where that group ends, and its part of the entries.
     group_end: usize,
     group_entries: u64,
 }
@@ -399,8 +438,9 @@ impl Cursor<'_> {
     /// Looks at the group that begins at the cursor.
     fn enter_group(&mut self, runs: &[Run]) {
         let rest = runs.get(self.run..).unwrap_or_default();
-        let (count, entries) = groups(rest).next().unwrap_or((0, 0));
-        (self.group_end, self.group_entries) = (self.run + count, entries);
+        let Some(group) = groups(rest, self.is_relaxed, self.data_sectors).next() else { return };
+        self.data_sectors += group.data_sectors;
+        (self.group_end, self.group_entries) = (self.run + group.runs, group.entries);
     }
 }
 
@@ -423,14 +463,14 @@ mod tests {
     /// Entries that are foreseen, and those that the layout makes.
     fn entries(lengths: &[u64]) -> (u64, u64) {
         let runs = zeros(lengths);
-        let foreseen = groups(&runs).map(|(_, entries)| entries).sum();
+        let foreseen = groups(&runs, false, 0).map(|group| group.entries).sum();
         let part = |run: &Run| Part {
             start_sector: run.start_sector,
             sectors: run.end_sector - run.start_sector,
             target: run.target,
         };
         let mut piece = Piece { parts: runs.iter().map(part).collect(), ..Piece::default() };
-        let mut layout = Layout::new(foreseen, false).unwrap();
+        let mut layout = Layout::new(foreseen).unwrap();
         layout.place(&mut piece).unwrap();
         (foreseen, to_u64(layout.entries().len()))
     }
@@ -456,7 +496,58 @@ mod tests {
         assert_eq!(entries(&vec![MAX; 20_000]), (20_000, 20_000));
     }
 
+    /// Sectors of the disk and of them that are found to be zeros in the end, run by run, with a
+    /// gap in front or not.
+    fn relaxed(lengths: &[(u64, u64, bool)]) -> (RelaxedEntries, u64) {
+        let (mut here, mut runs, mut layout) = (0, Vec::new(), Layout::relaxed());
+        for &(data, zeros, gap) in lengths {
+            here += u64::from(gap);
+            let target = Target::Data { layer: 0, sector: here };
+            runs.push(Run { start_sector: here, end_sector: here + data + zeros, target });
+            let mut stretches = vec![Stretch { sectors: data, is_zero: false }];
+            if zeros > 0 {
+                stretches.push(Stretch { sectors: zeros, is_zero: true });
+            }
+            let mut piece = Piece {
+                parts: vec![Part { start_sector: here, sectors: data + zeros, target }],
+                data: vec![1; to_usize((data + zeros) * SECTOR_SIZE).unwrap()],
+                stretches,
+                entries_left: u64::MAX / 2,
+                ..Piece::default()
+            };
+            layout.place(&mut piece).unwrap();
+            here += data + zeros;
+        }
+        (foresee_relaxed(&runs), to_u64(layout.entries().len()))
+    }
+
+    #[test]
+    fn a_relaxed_layer_has_an_entry_for_each_block_of_each_run() {
+        for (lengths, expected, at_most) in [
+            (&[][..], 0, 0),
+            (&[(1, 0, false)], 1, 1),
+            (&[(112, 0, false)], 1, 2),
+            (&[(113, 0, false)], 2, 2),
+            (&[(100, 0, true), (100, 0, true)], 3, 3),
+            (&[(100, 0, true), (100, 0, false)], 2, 2),
+            (&[(512, 0, false), (512, 0, false)], 9, 9),
+            (&[(256, 256, false), (512, 0, false)], 9, 9),
+        ] {
+            let (foreseen, found) = relaxed(lengths);
+            assert_eq!((found, foreseen.at_most), (expected, at_most), "{lengths:?}");
+        }
+    }
+
     proptest! {
+        #[test]
+        fn a_relaxed_layer_never_needs_more_entries_than_foreseen(
+            lengths in prop::collection::vec(
+                (1..256_u64, prop_oneof![Just(0_u64), 1..600_u64], any::<bool>()), 1..60)
+        ) {
+            let (foreseen, found) = relaxed(&lengths);
+            prop_assert!(found <= foreseen.at_most, "{} of {:?}", found, foreseen);
+        }
+
         #[test]
         fn zeros_of_any_lengths_need_the_entries_that_they_have(
             lengths in prop::collection::vec(prop_oneof![1..64_u64, 1..40_000_u64], 1..40)

@@ -2,10 +2,10 @@
 
 use super::Made;
 use super::content::{Content, Feed, Identity};
-use super::layout::{Cutter, Layout};
+use super::layout::{Cutter, Fit, Layout};
 use super::options::{MakeOptions, Watch};
 use super::pipeline::{Pipeline, Placer, Stop, Written};
-use super::sink::Sink;
+use super::sink::{Nowhere, Sink};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::lsmt::{Flags, Header, SegmentMapping, encode_committed_index};
 use crate::format::tar;
@@ -19,6 +19,7 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 
 /// One layer, or one file, to be made.
+#[derive(Clone, Copy)]
 pub(super) struct Job<'a> {
     pub(super) options: &'a MakeOptions,
     pub(super) watch: &'a Watch<'a>,
@@ -37,6 +38,9 @@ impl Job<'_> {
         sink: &dyn Sink,
     ) -> Result<Made> {
         for relaxed in [false, true] {
+            if relaxed {
+                self.check_relaxed(content)?;
+            }
             match self.try_layer(content, identity, sink, relaxed) {
                 Ok(made) => return Ok(made),
                 Err(Stop::Failed(error)) => return Err(error),
@@ -48,6 +52,27 @@ impl Job<'_> {
             }
         }
         Err(long_record(self.name))
+    }
+
+    /// Refuses content that makes too many entries when it is laid out relaxed, before anything is
+    /// written. Where that depends on what is read, it is read and laid out without being stored.
+    fn check_relaxed(&self, content: &Content) -> Result<()> {
+        let finds_zeros = self.options.zeros.granule_sectors().is_some();
+        if content.relaxed_entries().fit(finds_zeros)? == Fit::Sure {
+            return Ok(());
+        }
+        let options = MakeOptions { zfile: None, ..self.options.clone() };
+        let job = Job { options: &options, ..*self };
+        let cutter = Cutter::new(to_usize(SECTOR_SIZE).unwrap_or(1), Vec::new());
+        let placer = Placer { layout: Some(Layout::relaxed()), cutter };
+        let feed = Feed::Layer(content);
+        let tried = job.run(feed, &Nowhere, placer, content.data_bytes(), |_| Ok(Vec::new()));
+        self.watch.done.store(0, Ordering::Relaxed);
+        match tried {
+            Ok(_) => Ok(()),
+            Err(Stop::Failed(error)) => Err(error),
+            Err(Stop::LongRecord) => Err(long_record(self.name)),
+        }
     }
 
     /// See [`super::compress_file`].
@@ -83,7 +108,8 @@ impl Job<'_> {
         );
         header.user_tag = identity.user_tag;
         let feed = Feed::Layer(content);
-        let layout = Layout::new(feed.cursor().entries_left, relaxed)?;
+        let layout =
+            if relaxed { Layout::relaxed() } else { Layout::new(feed.cursor(false).entries_left)? };
         let zfile = self.options.zfile.as_ref();
         let block_bytes = zfile.map_or(SECTOR_SIZE, |zfile| u64::from(zfile.block_bytes));
         let cutter = Cutter::new(to_usize(block_bytes).unwrap_or(1), header.encode());

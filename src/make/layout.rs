@@ -13,7 +13,8 @@
 //! Relaxed: the reference's reader takes no record above 64 KiB, but 64 KiB that do not compress
 //! become one. With blank sectors in each block they stay below. One would do for lz4; zstd stores
 //! a block as it is unless it saves more than a 64th, and with 8 of them what is aligned stays so.
-//! The bytes of the disk are the same, and the blanks take a few bytes after compression.
+//! The bytes of the disk are the same, and the blanks take a few bytes after compression. Each
+//! block takes an entry, so that some 57 GiB of data is the most such a layer can hold.
 
 use super::content::{Piece, UNIT_SECTORS};
 use crate::error::{Error, ErrorKind, Result};
@@ -52,18 +53,32 @@ impl Layout {
     ///
     /// # Errors
     /// `Unsupported` for more than a layer may have.
-    pub(super) fn new(entries_needed: u64, is_relaxed: bool) -> Result<Self> {
+    pub(super) fn new(entries_needed: u64) -> Result<Self> {
         if entries_needed > ENTRIES_MAX {
-            return Err(too_many(entries_needed));
+            return Err(too_many(entries_needed, false));
         }
-        Ok(Self {
+        Ok(Self::empty(false))
+    }
+
+    /// A relaxed layer without anything. Whether its content fits is asked of
+    /// [`RelaxedEntries::fit`] before.
+    pub(super) fn relaxed() -> Self {
+        Self::empty(true)
+    }
+
+    fn empty(is_relaxed: bool) -> Self {
+        Self {
             entries: Vec::new(),
             next_sector: DATA_START_SECTOR,
             is_relaxed,
             packed: Vec::new(),
             data_sectors: 0,
             zeroed_sectors: 0,
-        })
+        }
+    }
+
+    pub(super) fn is_relaxed(&self) -> bool {
+        self.is_relaxed
     }
 
     /// The entries, once everything has its place.
@@ -122,14 +137,14 @@ impl Layout {
     }
 
     /// The shortest zeros that are worth two more entries: any, as long as there is room for half
-    /// as many again.
+    /// as many again. Relaxed, 256 sectors of data take as many entries themselves.
     fn zeros_min(&self, entries_left: u64) -> u64 {
         let taken = to_u64(self.entries.len()).saturating_add(entries_left);
         let free = ENTRIES_MAX.saturating_sub(taken);
         match free {
             _ if free > ENTRIES_MAX / 2 => 1,
             _ if free > ENTRIES_MAX / 4 => 32,
-            _ if free > ENTRIES_MAX / 16 => 256,
+            _ if free > ENTRIES_MAX / 16 || self.is_relaxed => 256,
             _ => u64::MAX,
         }
     }
@@ -188,7 +203,7 @@ impl Layout {
             return Ok(());
         }
         if to_u64(self.entries.len()) >= ENTRIES_MAX {
-            return Err(too_many(ENTRIES_MAX + 1));
+            return Err(too_many(ENTRIES_MAX + 1, self.is_relaxed));
         }
         self.entries.push(SegmentMapping { start_sector, sectors, mapped_sector, zeroed, tag: 0 });
         Ok(())
@@ -196,10 +211,55 @@ impl Layout {
 }
 
 #[cold]
-fn too_many(entries: u64) -> Error {
-    let message =
+fn too_many(entries: u64, is_relaxed: bool) -> Error {
+    let mut message =
         format!("{entries} index entries: a layer may have {ENTRIES_MAX}, as the reference reads");
+    if is_relaxed {
+        message.push_str(
+            "; blocks of 64 KiB that do not compress take one each: \
+             choose blocks of 32 KiB or less",
+        );
+    }
     Error::new(ErrorKind::Unsupported, message)
+}
+
+/// Entries that `sectors` of data in a row take at most in a relaxed layer, behind `before` sectors
+/// of other data: one, and one more for each block that begins in them or behind them.
+pub(super) fn relaxed_entries(before: u64, sectors: u64) -> u64 {
+    let block = |data: u64| data.saturating_add(DATA_START_SECTOR) / RELAXED_SECTORS;
+    1 + block(before.saturating_add(sectors)) - block(before)
+}
+
+/// How many entries a relaxed layer takes before anything of it was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct RelaxedEntries {
+    /// Sectors that are data, unless they turn out to be zeros.
+    pub(super) data_sectors: u64,
+    /// Entries, if all of them are kept.
+    pub(super) at_most: u64,
+}
+
+/// Whether they are few enough.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fit {
+    Sure,
+    /// It depends on zeros, or on where runs end.
+    Open,
+}
+
+impl RelaxedEntries {
+    /// # Errors
+    /// `Unsupported` where they are too many whatever is read.
+    pub(super) fn fit(&self, finds_zeros: bool) -> Result<Fit> {
+        if self.at_most <= ENTRIES_MAX {
+            return Ok(Fit::Sure);
+        }
+        let blocks = self.data_sectors.saturating_add(DATA_START_SECTOR).div_ceil(RELAXED_SECTORS);
+        if !finds_zeros && blocks > ENTRIES_MAX {
+            return Err(too_many(blocks, true));
+        }
+        Ok(Fit::Open)
+    }
 }
 
 /// Cuts what is stored into blocks; a block that a piece begins is completed by the next.
@@ -275,7 +335,7 @@ mod tests {
 
     #[test]
     fn entries_are_joined_until_they_are_as_long_as_the_reference_makes_them() {
-        let mut layout = Layout::new(10, false).unwrap();
+        let mut layout = Layout::new(10).unwrap();
         for start in (0..20_480).step_by(512) {
             data(&mut layout, start, 512);
         }
@@ -293,7 +353,7 @@ mod tests {
 
     #[test]
     fn a_relaxed_layer_has_blank_sectors_at_the_end_of_each_block() {
-        let mut layout = Layout::new(10, true).unwrap();
+        let mut layout = Layout::relaxed();
         // The header is 8 sectors of the first block.
         let stored = data(&mut layout, 0, 300);
         assert_eq!(
@@ -306,16 +366,46 @@ mod tests {
         assert_eq!(blank, (112..120).chain(240..248).collect::<Vec<_>>());
     }
 
+    /// 57 GiB of blocks of 64 KiB that do not compress were written before the last one was found
+    /// to be one entry too many.
+    #[test]
+    fn a_relaxed_layer_that_cannot_have_room_is_refused_before_it_is_read() {
+        // Each block but the first has 120 sectors of data.
+        let most = ENTRIES_MAX * RELAXED_SECTORS - DATA_START_SECTOR;
+        for (data_sectors, spare, finds_zeros, expected) in [
+            (0, 0, false, Some(Fit::Sure)),
+            (most, 0, false, Some(Fit::Sure)),
+            (most, 1, false, Some(Fit::Open)),
+            (most + 1, 0, false, None),
+            (most + 1, 0, true, Some(Fit::Open)),
+            (1 << 49, 0, false, None),
+            (1 << 49, 0, true, Some(Fit::Open)),
+        ] {
+            // The last block is full only to the sector before its end: see `relaxed_entries`.
+            let at_most = relaxed_entries(0, data_sectors.saturating_sub(1)) + spare;
+            let fit = RelaxedEntries { data_sectors, at_most }.fit(finds_zeros);
+            match fit {
+                Ok(fit) => assert_eq!(Some(fit), expected, "{data_sectors} {finds_zeros}"),
+                Err(error) => {
+                    assert_eq!((expected, error.kind()), (None, ErrorKind::Unsupported));
+                    assert!(error.to_string().contains("choose blocks of 32 KiB or less"));
+                }
+            }
+        }
+    }
+
     #[test]
     fn zeros_are_left_out_only_while_there_is_room_for_their_entries() {
-        let layout = Layout::new(0, false).unwrap();
+        let layout = Layout::new(0).unwrap();
         let min = |left| layout.zeros_min(left);
         assert_eq!(min(0), 1);
         assert_eq!(min(ENTRIES_MAX / 2 - 1), 1);
         assert_eq!(min(ENTRIES_MAX / 2), 32);
         assert_eq!(min(ENTRIES_MAX * 3 / 4), 256);
         assert_eq!(min(ENTRIES_MAX), u64::MAX);
-        assert_eq!(Layout::new(ENTRIES_MAX + 1, false).unwrap_err().kind(), ErrorKind::Unsupported);
+        // There they make room for others.
+        assert_eq!(Layout::relaxed().zeros_min(2 * ENTRIES_MAX), 256);
+        assert_eq!(Layout::new(ENTRIES_MAX + 1).unwrap_err().kind(), ErrorKind::Unsupported);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 /// The version of our bytes: the same input and options give the same layer with every program
 /// that says the same here. To be changed with whatever changes a byte: the codecs' versions, the
 /// layout, the defaults. `tests/make_digests.rs` fails when bytes change and this does not.
-pub const CONSISTENCY: &str = "obd-c1";
+pub const CONSISTENCY: &str = "obd-c2";
 
 /// The codecs that the bytes depend on, as `Cargo.toml` pins them.
 pub const CODECS: [(&str, &str); 2] = [("lz4", "lzzzz 2.0.0"), ("zstd", "zstd-sys 2.1.2 (1.5.7)")];

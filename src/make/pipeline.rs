@@ -150,9 +150,10 @@ impl Drop for Alarm<'_, '_> {
 impl Pipeline<'_> {
     /// Makes everything that is made of pieces; `at_byte` is where the first record goes.
     pub(super) fn run(&self, placer: Placer, at_byte: u64) -> Result<Written, Stop> {
+        let is_relaxed = placer.layout.as_ref().is_some_and(Layout::is_relaxed);
         let table = Table { crc: STRUCTURE_SEED, blocks: 0, bytes: Vec::new(), spilled: 0 };
         let state = State {
-            cursor: self.feed.cursor(),
+            cursor: self.feed.cursor(is_relaxed),
             next: 0,
             turn: 0,
             front: 0,

@@ -19,6 +19,19 @@ pub trait Sink: Sync {
     fn clear(&self) -> io::Result<()>;
 }
 
+/// Keeps nothing: to see what would be written.
+pub(super) struct Nowhere;
+
+impl Sink for Nowhere {
+    fn write_at(&self, _: u64, _: &[u8]) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn clear(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 impl Sink for File {
     fn write_at(&self, at_byte: u64, bytes: &[u8]) -> io::Result<()> {
         self.write_all_at(bytes, at_byte)

@@ -486,6 +486,18 @@ fn a_layer_whose_making_is_killed_leaves_nothing_and_what_was_there_stays() {
     }
 }
 
+/// Blocks of 64 KiB that do not compress take an index entry each: 57 GiB were written first.
+#[test]
+fn what_a_relaxed_layer_cannot_hold_is_refused_before_it_is_written() {
+    let folder = tempfile::tempdir().unwrap();
+    endless_layer(folder.path());
+    let arguments = ["merge", "endless", "layer", "--bs", "64", "--no-zero-detection"];
+    let said = refused(folder.path(), 4, &arguments);
+    assert!(said.contains("a layer may have 999936"), "{said}");
+    assert!(said.contains("choose blocks of 32 KiB or less"), "{said}");
+    assert_eq!(names(folder.path()), ["endless"]);
+}
+
 #[test]
 fn a_full_device_and_an_input_as_output_are_told() {
     let folder = tempfile::tempdir().unwrap();
