@@ -20,6 +20,8 @@ mod golden;
 mod pairs;
 #[path = "common/random.rs"]
 mod random;
+#[path = "make/stacks.rs"]
+mod stacks;
 
 use checker::{Sector, check};
 use content::{Fill, content, layer_of, open, random_disk, sector};
