@@ -14,8 +14,16 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 /// layout, the defaults. `tests/make_digests.rs` fails when bytes change and this does not.
 pub const CONSISTENCY: &str = "obd-c2";
 
-/// The codecs that the bytes depend on, as `Cargo.toml` pins them.
-pub const CODECS: [(&str, &str); 2] = [("lz4", "lzzzz 2.0.0"), ("zstd", "zstd-sys 2.1.2 (1.5.7)")];
+/// The codecs that the bytes depend on: the crates that `Cargo.toml` pins, and the version of the C
+/// library that each brings along.
+pub const CODECS: [(&str, &str); 2] =
+    [("lz4", "lzzzz 2.0.0 (1.10.0)"), ("zstd", "zstd-sys 2.1.2 (1.5.7)")];
+
+// zstd-sys takes what the host has where this is set, whatever its value.
+const _: () = assert!(
+    option_env!("ZSTD_SYS_USE_PKG_CONFIG").is_none(),
+    "unset ZSTD_SYS_USE_PKG_CONFIG: with the host's zstd a layer's bytes are those of the host"
+);
 
 /// Whether zeros that are stored in the input take room in the output.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -7,7 +7,7 @@ use crate::content::{Fill, content, random_disk, sector};
 use crate::random::Random;
 use crate::{all_options, make, sha256};
 use obd_ublk::format::zfile::Algorithm;
-use obd_ublk::make::{CONSISTENCY, MakeOptions};
+use obd_ublk::make::{CODECS, CONSISTENCY, MakeOptions};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
 
@@ -19,6 +19,19 @@ fn name(options: &MakeOptions) -> String {
     });
     let tar = if options.tar { "tar-" } else { "" };
     format!("{tar}{codec}-{:?}", options.zeros).to_lowercase()
+}
+
+/// `Cargo.toml` pins the crates; this, the C libraries that are linked: those they bring along.
+#[test]
+fn the_codecs_are_the_ones_that_we_say_they_are() {
+    let linked = [("lz4", lzzzz::version_string()), ("zstd", zstd::zstd_safe::version_string())];
+    for ((codec, told), (name, version)) in CODECS.into_iter().zip(linked) {
+        assert_eq!(codec, name);
+        assert!(told.ends_with(&format!(" ({version})")), "{told}: linked is {version}");
+    }
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let of_the_host = maps.lines().find(|line| line.contains("libzstd") || line.contains("liblz4"));
+    assert_eq!(of_the_host, None, "the host's library");
 }
 
 /// When this fails, layers made before and after are no longer the same bytes, so that registries
