@@ -1,7 +1,7 @@
 //! Files that are written as a whole: they appear under their name only when they are complete and
 //! synced.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, open, openat, renameat};
 use nix::sys::stat::Mode;
@@ -16,6 +16,9 @@ use std::path::{Path, PathBuf};
 /// Names tried for a file that is to replace another: each is this process's own, so that a second
 /// one is only needed beside what a namesake of an earlier boot left.
 const NAME_TRIES_MAX: u32 = 100;
+
+/// Links that are followed one after the other, as the kernel does.
+const LINKS_MAX: u32 = 40;
 
 /// A file that a command writes. A regular file appears under its name only with
 /// [`OutputFile::commit`]. Until then it has no name at all where the file system can do that:
@@ -70,6 +73,13 @@ impl OutputFile {
         unnamed: impl FnOnce(&Path, &OsStr) -> Option<Unnamed>,
     ) -> Result<Self> {
         let failed = |error: &IoError| Error::io(format!("write {}", target.display()), error);
+        if is_open_file(target) {
+            let message = format!(
+                "{} is an open file and cannot be replaced: tell the name of the file itself",
+                target.display()
+            );
+            return Err(Error::new(ErrorKind::Unsupported, message));
+        }
         let is_special = match std::fs::metadata(target) {
             Ok(found) if found.is_dir() => return Err(failed(&Errno::EISDIR.into())),
             Ok(found) => {
@@ -159,6 +169,23 @@ impl OutputFile {
             },
         }
     }
+}
+
+/// Whether the name leads to a regular file that a process has open, as `/dev/stdout` does behind
+/// `> FILE`: what was replaced would be the name, for all programs of the host.
+fn is_open_file(target: &Path) -> bool {
+    if !std::fs::metadata(target).is_ok_and(|found| found.is_file()) {
+        return false;
+    }
+    let mut here = target.to_owned();
+    for _ in 0..LINKS_MAX {
+        if folder_of(&here).canonicalize().is_ok_and(|folder| folder.starts_with("/proc")) {
+            return true;
+        }
+        let Ok(next) = here.read_link() else { return false };
+        here = folder_of(&here).join(next);
+    }
+    false
 }
 
 pub(super) fn folder_of(target: &Path) -> &Path {
@@ -318,6 +345,27 @@ mod tests {
         let mut left = names(folder.path());
         left.sort();
         assert_eq!(left, [OsString::from(taken), "other".into(), "out".into()]);
+    }
+
+    /// As root, `merge IMAGE /dev/stdout > layer` once put the layer in the place of `/dev/stdout`.
+    #[test]
+    fn a_name_of_an_open_file_is_not_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let there = File::create(folder.path().join("there")).unwrap();
+        let (link, chain) = (folder.path().join("link"), folder.path().join("chain"));
+        let name = PathBuf::from(format!("/proc/self/fd/{}", there.as_raw_fd()));
+        std::os::unix::fs::symlink(&name, &link).unwrap();
+        std::os::unix::fs::symlink("link", &chain).unwrap();
+        for target in [name, link.clone(), chain] {
+            let error = OutputFile::create(&target).map(drop).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+            assert!(error.to_string().contains("an open file"), "{error}");
+        }
+        assert!(link.is_symlink());
+        // A pipe or a device behind such a name is written as it is.
+        let null = File::options().write(true).open("/dev/null").unwrap();
+        let target = PathBuf::from(format!("/proc/self/fd/{}", null.as_raw_fd()));
+        assert!(!OutputFile::create(&target).unwrap().is_new());
     }
 
     #[test]
