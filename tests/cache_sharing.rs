@@ -241,6 +241,15 @@ impl Hanging {
     }
 }
 
+/// Lets go of who hangs, also when a test fails: its threads are waited for.
+struct AtTheDoor<'a>(&'a Hanging);
+
+impl Drop for AtTheDoor<'_> {
+    fn drop(&mut self) {
+        self.0.open_the_door();
+    }
+}
+
 impl Fetch for Hanging {
     fn name(&self) -> &str {
         self.blob.name()
@@ -285,6 +294,7 @@ fn a_read_goes_through_while_all_that_is_fetched_ahead_hangs() {
     let cached = cache.blob(&blob.digest, Arc::clone(&hanging) as Arc<dyn Fetch>).unwrap();
     let canceled = cache.blob(&blob.digest, Arc::clone(&hanging) as Arc<dyn Fetch>).unwrap();
     std::thread::scope(|scope| {
+        let at_the_door = AtTheDoor(&hanging);
         // So many that those of the background alone would take every place.
         let ahead = |number: u64| {
             let at = (64 + 2 * number) * 4096;
@@ -301,7 +311,7 @@ fn a_read_goes_through_while_all_that_is_fetched_ahead_hangs() {
         check_read(&cached, &blob, 0, 10 * EXTENT);
         check_read(&cached, &blob, 20 * EXTENT, EXTENT);
         assert_eq!(hanging.free_places(), left, "and no more than that were under way");
-        hanging.open_the_door();
+        drop(at_the_door);
         for fetched in fetching {
             fetched.join().unwrap().unwrap();
         }
