@@ -559,8 +559,20 @@ pub const CREDENTIAL_LOOK_MS: u64 = 500;
 /// others, which nothing else shows.
 pub const UNAUTHORIZED_PAUSE_MS_MAX: u64 = 64_000;
 
-/// How long a mirror that failed is left alone. Meanwhile the registry itself is asked.
+/// How long a mirror that failed is left alone at first. Meanwhile the registry itself is asked.
 pub const MIRROR_REST_MS: u64 = 30_000;
+
+/// How long a mirror is left alone that cannot be reached again and again: each time twice as long,
+/// because each time one read waits for it; one that is back is noticed after ten minutes.
+pub const MIRROR_REST_MS_MAX: u64 = 600_000;
+
+/// How long the outcome of the one request that tries a mirror again is waited for: as long as its
+/// head and some of its body may take.
+pub const MIRROR_TRIAL_MS: u64 = 15_000;
+
+/// How long the head of a mirror's answer may take. There is another way to the same bytes, so less
+/// than that of a registry; a peer that has to fetch the blob itself begins to pass it on in less.
+pub const MIRROR_HEAD_MS_MAX: u64 = 4000;
 
 /// How long the addresses of a host are used without asking again.
 pub const ADDRESS_MS_MAX: u64 = 30_000;

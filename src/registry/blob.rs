@@ -39,6 +39,15 @@ pub struct Blob {
     counters: Counters,
 }
 
+/// Which ways may be taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ways {
+    /// All: peers and mirrors first.
+    All,
+    /// That to the registry itself: what another one gave was wrong.
+    Own,
+}
+
 /// A part of the blob on its way into memory.
 struct Piece<'a> {
     offset_bytes: u64,
@@ -89,9 +98,9 @@ impl Registry {
     }
 
     fn routes(&self, place: &BlobPlace, digest: &Digest) -> Result<Vec<Route>> {
-        let route = |url: Url, place: &BlobPlace| {
+        let aside = |url: Url, place: &BlobPlace| {
             let host = Origin::of(&url).map(|origin| self.host(&origin.host));
-            Route::new(url, self.access(place), host)
+            Route::aside(url, self.access(place), host, self.options.pace.mirror_head)
         };
         let parse = |text: String| {
             let invalid = |error| {
@@ -104,16 +113,16 @@ impl Registry {
         let mut routes = Vec::new();
         if let Some(prefix) = &self.options.p2p_prefix {
             let url = parse(format!("{}/{own}", prefix.trim_end_matches('/')))?;
-            routes.push(route(url, place));
+            routes.push(aside(url, place));
         }
         let host = &place.origin().host;
         for mirror in self.options.mirrors.iter().filter(|mirror| &mirror.of_host == host) {
             let mut url = parse(place.url_at(&mirror.url, digest))?;
             let mirrored = BlobPlace::parse(&place.repository_at(&mirror.url))?;
             url.query_pairs_mut().append_pair("ns", host);
-            routes.push(route(url, &mirrored));
+            routes.push(aside(url, &mirrored));
         }
-        routes.push(route(parse(own)?, place));
+        routes.push(Route::new(parse(own)?, self.access(place)));
         Ok(routes)
     }
 }
@@ -122,24 +131,35 @@ impl Blob {
     async fn length(&self, deadline: Instant) -> Result<u64> {
         let mut first = [0];
         let piece = Piece { offset_bytes: 0, dst: &mut first, done: 0, total_bytes: None };
-        let total = self.piece(piece, deadline).await?;
+        let total = self.piece(piece, Ways::All, deadline).await?;
         let none = "the registry does not say how long the blob is";
         total.ok_or_else(|| Error::new(ErrorKind::Corrupt, none))
     }
 
-    async fn pieces(&self, offset_bytes: u64, dst: &mut [u8], deadline: Instant) -> Result<()> {
+    async fn pieces(
+        &self,
+        offset_bytes: u64,
+        dst: &mut [u8],
+        ways: Ways,
+        deadline: Instant,
+    ) -> Result<()> {
         let piece_bytes = to_usize(REGISTRY_PIECE_BYTES_MAX).unwrap_or(usize::MAX);
         let starts = (offset_bytes..).step_by(piece_bytes);
         let pieces = starts.zip(dst.chunks_mut(piece_bytes)).map(|(offset_bytes, dst)| {
             let total_bytes = Some(self.bytes);
-            self.piece(Piece { offset_bytes, dst, done: 0, total_bytes }, deadline)
+            self.piece(Piece { offset_bytes, dst, done: 0, total_bytes }, ways, deadline)
         });
         let all = stream::iter(pieces).buffer_unordered(REGISTRY_PIECES_AT_ONCE_MAX);
         all.try_for_each(|_| std::future::ready(Ok(()))).await
     }
 
     /// Fetches one piece, with all attempts that it takes. Returns the blob's length.
-    async fn piece(&self, mut piece: Piece<'_>, deadline: Instant) -> Result<Option<u64>> {
+    async fn piece(
+        &self,
+        mut piece: Piece<'_>,
+        ways: Ways,
+        deadline: Instant,
+    ) -> Result<Option<u64>> {
         let Some(own) = self.routes.last() else {
             return Err(Error::new(ErrorKind::InvalidConfig, "there is no way to the blob"));
         };
@@ -149,8 +169,8 @@ impl Blob {
             let told = piece.missing();
             let told = || format!("fetch bytes {} to {} of {}", told.start, told.end, self.name);
             let trying = async {
-                tries.before(own.access(), !self.has_another_way(own)).await?;
-                Ok(self.attempt(&mut piece).await)
+                tries.before(own.access(), !self.has_another_way(own, ways)).await?;
+                Ok(self.attempt(&mut piece, ways).await)
             };
             let outcome = match time::timeout_at(deadline.into(), trying).await {
                 Ok(outcome) => outcome.context(told)?,
@@ -167,27 +187,30 @@ impl Blob {
     }
 
     /// Whether an attempt may succeed while the registry refuses to let us in.
-    fn has_another_way(&self, own: &Route) -> bool {
-        let others = self.routes.iter().rev().skip(1);
-        own.is_resolved() || others.into_iter().any(|route| !route.rests())
+    fn has_another_way(&self, own: &Route, ways: Ways) -> bool {
+        let mut others = self.routes.iter().rev().skip(1);
+        own.is_resolved() || ways == Ways::All && others.any(|route| !route.rests())
     }
 
-    async fn attempt(&self, piece: &mut Piece<'_>) -> Result<Accepted, Fault> {
+    async fn attempt(&self, piece: &mut Piece<'_>, ways: Ways) -> Result<Accepted, Fault> {
         let lost = |_| Fault::unavailable("the line of requests is closed");
         let _own_turn = self.line.acquire().await.map_err(lost)?;
         let _turn = self.host.line.acquire().await.map_err(lost)?;
         let mut failed = None;
         for (number, route) in (1..).zip(&self.routes) {
             let is_last = number == self.routes.len();
-            if route.rests() && !is_last {
+            if !is_last && (ways == Ways::Own || !route.begin()) {
                 continue;
             }
             match self.attempt_by(route, piece).await {
-                Ok(accepted) => return Ok(accepted),
+                Ok(accepted) => {
+                    route.succeeded();
+                    return Ok(accepted);
+                }
                 Err(fault) if is_last => return Err(fault),
                 Err(fault) => {
                     tracing::debug!("another way failed, next one: {}", fault.text);
-                    route.rest(&fault);
+                    route.failed(&fault);
                     failed = Some(fault);
                 }
             }
@@ -252,18 +275,14 @@ impl Blob {
         }
         Ok(accepted)
     }
-}
 
-impl Fetch for Blob {
-    fn name(&self) -> &str {
-        &self.name
-    }
-
-    fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
-    fn fetch(&self, offset_bytes: u64, dst: &mut [u8], deadline: Instant) -> Result<()> {
+    fn fetch_by(
+        &self,
+        ways: Ways,
+        offset_bytes: u64,
+        dst: &mut [u8],
+        deadline: Instant,
+    ) -> Result<()> {
         let end = offset_bytes.checked_add(to_u64(dst.len()));
         if end.is_none_or(|end| end > self.bytes) {
             let (length, have) = (dst.len(), self.bytes);
@@ -279,9 +298,32 @@ impl Fetch for Blob {
             tokio::select! {
                 // What was told before counts, too.
                 _ = told.wait_for(|canceled| *canceled) => Err(canceled()),
-                fetched = self.pieces(offset_bytes, dst, deadline) => fetched,
+                fetched = self.pieces(offset_bytes, dst, ways, deadline) => fetched,
             }
         })
+    }
+}
+
+impl Fetch for Blob {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn fetch(&self, offset_bytes: u64, dst: &mut [u8], deadline: Instant) -> Result<()> {
+        self.fetch_by(Ways::All, offset_bytes, dst, deadline)
+    }
+
+    fn fetch_from_origin(
+        &self,
+        offset_bytes: u64,
+        dst: &mut [u8],
+        deadline: Instant,
+    ) -> Result<()> {
+        self.fetch_by(Ways::Own, offset_bytes, dst, deadline)
     }
 
     fn usage(&self) -> FetchUsage {

@@ -4,6 +4,7 @@ use super::access::Access;
 use super::blob_url::BlobPlace;
 use super::credentials::Credentials;
 use super::options::Options;
+use super::rest::Rest;
 use super::retry::Budget;
 use super::runtime;
 use super::transport::Transport;
@@ -62,7 +63,7 @@ pub(super) struct Host {
 struct HostState {
     budget: Budget,
     held_until: Instant,
-    mirror_rests_until: Instant,
+    as_mirror: Rest,
 }
 
 impl Registry {
@@ -137,7 +138,7 @@ impl Host {
     fn new() -> Self {
         let now = Instant::now();
         let budget = Budget::new(now);
-        let state = HostState { budget, held_until: now, mirror_rests_until: now };
+        let state = HostState { budget, held_until: now, as_mirror: Rest::new(now) };
         Self { line: Semaphore::new(REGISTRY_REQUESTS_AT_ONCE_MAX), state: Mutex::new(state) }
     }
 
@@ -156,14 +157,9 @@ impl Host {
         self.with(|state| state.held_until = state.held_until.max(until));
     }
 
-    /// Whether this host, as a mirror or peer, could not be reached a moment ago.
-    pub(super) fn rests_as_mirror(&self) -> bool {
-        self.with(|state| state.mirror_rests_until > Instant::now())
-    }
-
-    /// Asks this host as a mirror or peer no more until then.
-    pub(super) fn rest_as_mirror(&self, until: Instant) {
-        self.with(|state| state.mirror_rests_until = until);
+    /// What to know and to note of this host as a mirror or peer.
+    pub(super) fn as_mirror<T>(&self, act: impl FnOnce(&mut Rest, Instant) -> T) -> T {
+        self.with(|state| act(&mut state.as_mirror, Instant::now()))
     }
 
     pub(super) fn take_retry(&self) -> Duration {

@@ -201,7 +201,7 @@ impl Registry {
         let access = self.access(&place);
         let host = self.host(&place.origin().host);
         let invalid = |e| Error::new(ErrorKind::InvalidConfig, format!("URL of {reference}: {e}"));
-        let route = Route::new(Url::parse(url).map_err(invalid)?, Arc::clone(&access), None);
+        let route = Route::new(Url::parse(url).map_err(invalid)?, Arc::clone(&access));
         let own = Counters::default();
         let mut tries = Tries::new((self, &own), host, Arc::clone(&access), deadline);
         loop {

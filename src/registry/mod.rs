@@ -10,12 +10,17 @@
 //!         transport          one request and one answer, at a pace that is watched
 //!            resolver, runtime
 //!
-//!   range  challenge  retry  redirect  reference  digest  blob_url  manifest      text and numbers
+//!   range  challenge  retry  rest  redirect  reference  digest  blob_url  manifest
+//!                            text and numbers
 //! ```
 //!
 //! `image` opens blobs and hands them to `cache`, which knows only [`Fetch`](crate::source::Fetch);
-//! nothing here keeps bytes. The files of the last line are pure: what an answer means is decided
+//! nothing here keeps bytes. The files at the bottom are pure: what an answer means is decided
 //! there, and tested without a socket.
+//!
+//! **Ways.** Peers and mirrors are asked first, and the registry where they fail. One that cannot
+//! be reached rests, longer each time; one that gave wrong bytes is gone past for as long as
+//! whoever noticed says so ([`fetch_from_origin`](crate::source::Fetch::fetch_from_origin)).
 //!
 //! **Strict.** Only a 206 with the Content-Range asked for, or a 200 from the start of a small
 //! blob, is data. What is shorter, longer, shifted or encoded is an error, asked for again a few
@@ -33,7 +38,9 @@
 //! is slow delays nobody else. No lock is held across I/O.
 //!
 //! **Discreet.** Credentials go to the origin that they are for, to the realm that it names, and to
-//! a peer-to-peer prefix that was configured; never to a mirror or the target of a redirect.
+//! a peer-to-peer prefix that was configured; never to a mirror or the target of a redirect. The
+//! prefix is that of an agent which pulls in the reader's name, as Dragonfly's and the reference's
+//! do, and cannot pull without; a mirror answers for itself, by credentials for its own host.
 //! Passwords and tokens are [`Secret`]; URLs are shown without query and user; what helpers and
 //! files contain is not repeated.
 //!
@@ -57,6 +64,7 @@ mod range;
 mod redirect;
 mod reference;
 mod resolver;
+mod rest;
 mod retry;
 mod route;
 mod runtime;

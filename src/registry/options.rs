@@ -3,7 +3,8 @@
 use super::credentials::Source;
 use super::secret::Secret;
 use crate::limits::{
-    REGISTRY_CONNECT_MS_MAX, REGISTRY_HEAD_MS_MAX, REGISTRY_PACE_BYTES_MIN, REGISTRY_PACE_MS,
+    MIRROR_HEAD_MS_MAX, REGISTRY_CONNECT_MS_MAX, REGISTRY_HEAD_MS_MAX, REGISTRY_PACE_BYTES_MIN,
+    REGISTRY_PACE_MS,
 };
 use std::path::PathBuf;
 use std::time::Duration;
@@ -19,7 +20,8 @@ pub struct Options {
     /// Other places to try first.
     pub mirrors: Vec<Mirror>,
     /// URL that is put before the URL of a blob, so that a peer-to-peer network fetches it. Who
-    /// sets it trusts that address with the registry's credentials, which it needs.
+    /// sets it trusts that address with the registry's credentials, which it needs; where it
+    /// redirects to does not get them.
     pub p2p_prefix: Option<String>,
     /// URL of a proxy for everything, with its password if it has one; `None` for what
     /// `HTTPS_PROXY` and the like say.
@@ -54,6 +56,8 @@ pub struct Pace {
     pub connect: Duration,
     /// Until the answer's head is there.
     pub head: Duration,
+    /// The same for a mirror or a peer, if that is less.
+    pub mirror_head: Duration,
     /// How often the speed of the body is judged.
     pub window: Duration,
     /// Bytes that must come within a window.
@@ -65,6 +69,7 @@ impl Default for Pace {
         Self {
             connect: Duration::from_millis(REGISTRY_CONNECT_MS_MAX),
             head: Duration::from_millis(REGISTRY_HEAD_MS_MAX),
+            mirror_head: Duration::from_millis(MIRROR_HEAD_MS_MAX),
             window: Duration::from_millis(REGISTRY_PACE_MS),
             window_bytes_min: REGISTRY_PACE_BYTES_MIN,
         }

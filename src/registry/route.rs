@@ -9,6 +9,7 @@ use super::blob_url::Origin;
 use super::client::{Host, Registry};
 use super::fault::Fault;
 use super::redirect;
+use super::rest::Rest;
 use super::retry::Remedy;
 use super::transport::{Answer, Request};
 use crate::error::ErrorKind;
@@ -37,6 +38,8 @@ pub(super) struct Route {
     rests_until: Mutex<Instant>,
     /// Whoever is behind this way, for all blobs.
     host: Option<Arc<Host>>,
+    /// How long the head of an answer may take; `None` for as long as usual.
+    head_max: Option<Duration>,
 }
 
 /// Where redirects led.
@@ -52,10 +55,22 @@ impl std::fmt::Debug for Followed {
 }
 
 impl Route {
-    pub(super) fn new(url: Url, access: Arc<Access>, host: Option<Arc<Host>>) -> Self {
+    /// The way to the registry itself.
+    pub(super) fn new(url: Url, access: Arc<Access>) -> Self {
         let origin = Origin::of(&url);
         let rests_until = Mutex::new(Instant::now());
-        Self { url, access, origin, followed: Mutex::default(), rests_until, host }
+        let (followed, host, head_max) = (Mutex::default(), None, None);
+        Self { url, access, origin, followed, rests_until, host, head_max }
+    }
+
+    /// The way by a mirror or a peer at `host`, whose answers begin within `head_max`.
+    pub(super) fn aside(
+        url: Url,
+        access: Arc<Access>,
+        host: Option<Arc<Host>>,
+        head_max: Duration,
+    ) -> Self {
+        Self { host, head_max: Some(head_max), ..Self::new(url, access) }
     }
 
     pub(super) const fn access(&self) -> &Arc<Access> {
@@ -64,18 +79,38 @@ impl Route {
 
     /// Whether this way failed a moment ago.
     pub(super) fn rests(&self) -> bool {
-        let until = *self.rests_until.lock().unwrap_or_else(PoisonError::into_inner);
-        until > Instant::now() || self.host.as_ref().is_some_and(|host| host.rests_as_mirror())
+        let rests = |host: &Arc<Host>| host.as_mirror(|rest, now| rest.is_resting(now));
+        self.is_left_alone() || self.host.as_ref().is_some_and(rests)
+    }
+
+    /// Whether the caller may go this way now; it tells what came of it.
+    pub(super) fn begin(&self) -> bool {
+        let may = |host: &Arc<Host>| host.as_mirror(Rest::begin);
+        !self.is_left_alone() && self.host.as_ref().is_none_or(may)
+    }
+
+    /// This way led to the bytes.
+    pub(super) fn succeeded(&self) {
+        if let Some(host) = &self.host {
+            host.as_mirror(Rest::answered);
+        }
     }
 
     /// Leaves this way alone for a while. One that cannot serve this blob may well serve others;
     /// one that cannot be reached serves none.
-    pub(super) fn rest(&self, fault: &Fault) {
-        let until = Instant::now() + Duration::from_millis(MIRROR_REST_MS);
-        match &self.host {
-            Some(host) if fault.remedy == Remedy::Wait => host.rest_as_mirror(until),
-            _ => *self.rests_until.lock().unwrap_or_else(PoisonError::into_inner) = until,
+    pub(super) fn failed(&self, fault: &Fault) {
+        if let Some(host) = &self.host {
+            if fault.remedy == Remedy::Wait {
+                return host.as_mirror(Rest::failed);
+            }
+            host.as_mirror(Rest::answered);
         }
+        let until = Instant::now() + Duration::from_millis(MIRROR_REST_MS);
+        *self.rests_until.lock().unwrap_or_else(PoisonError::into_inner) = until;
+    }
+
+    fn is_left_alone(&self) -> bool {
+        *self.rests_until.lock().unwrap_or_else(PoisonError::into_inner) > Instant::now()
     }
 
     /// Whether a redirect is known, so that the registry need not be asked.
@@ -147,7 +182,7 @@ impl Route {
         registry.counters.requests.fetch_add(1, Ordering::Relaxed);
         let may_carry = self.origin.as_ref().is_some_and(|own| redirect::may_carry(own, url));
         let secret = granted.filter(|_| may_carry).map(|granted| &granted.header);
-        let mut request = Request::get(url).authorization(secret);
+        let mut request = Request::get(url).authorization(secret).head_within(self.head_max);
         for (name, value) in headers {
             request = request.header(name.clone(), value.as_str());
         }

@@ -39,11 +39,20 @@ pub(super) struct Request<'a> {
     pub(super) headers: Vec<(HeaderName, String)>,
     pub(super) authorization: Option<&'a Secret>,
     pub(super) body: Option<Secret>,
+    /// How long the answer's head may take; `None` for as long as usual.
+    pub(super) head_max: Option<Duration>,
 }
 
 impl<'a> Request<'a> {
     pub(super) const fn get(url: &'a Url) -> Self {
-        Self { method: Method::GET, url, headers: Vec::new(), authorization: None, body: None }
+        Self {
+            method: Method::GET,
+            url,
+            headers: Vec::new(),
+            authorization: None,
+            body: None,
+            head_max: None,
+        }
     }
 
     pub(super) fn header(mut self, name: HeaderName, value: impl Into<String>) -> Self {
@@ -53,6 +62,11 @@ impl<'a> Request<'a> {
 
     pub(super) const fn authorization(mut self, secret: Option<&'a Secret>) -> Self {
         self.authorization = secret;
+        self
+    }
+
+    pub(super) const fn head_within(mut self, head_max: Option<Duration>) -> Self {
+        self.head_max = head_max;
         self
     }
 }
@@ -112,11 +126,10 @@ impl Transport {
         if let Some(body) = &request.body {
             builder = builder.body(body.reveal().to_owned());
         }
-        let sent = time::timeout(self.pace.head, builder.send()).await;
+        let head = request.head_max.map_or(self.pace.head, |most| most.min(self.pace.head));
+        let sent = time::timeout(head, builder.send()).await;
         let response = sent
-            .map_err(|_| {
-                Fault::slow(format!("no answer within {:?} from {place}", self.pace.head))
-            })?
+            .map_err(|_| Fault::slow(format!("no answer within {head:?} from {place}")))?
             .map_err(|error| failed(error, &place))?;
         Ok(Answer { response, place, pace: self.pace })
     }

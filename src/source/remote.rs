@@ -122,6 +122,20 @@ pub trait Fetch: Send + Sync + fmt::Debug {
     /// [`ErrorKind`](crate::error::ErrorKind). The content of `dst` is unspecified then.
     fn fetch(&self, offset_bytes: u64, dst: &mut [u8], deadline: Instant) -> Result<()>;
 
+    /// As [`Fetch::fetch`], from the blob's origin itself and past all others that may have it: for
+    /// when bytes that somebody gave were wrong.
+    ///
+    /// # Errors
+    /// As there.
+    fn fetch_from_origin(
+        &self,
+        offset_bytes: u64,
+        dst: &mut [u8],
+        deadline: Instant,
+    ) -> Result<()> {
+        self.fetch(offset_bytes, dst, deadline)
+    }
+
     /// What was asked of the other side so far.
     fn usage(&self) -> FetchUsage {
         FetchUsage::default()

@@ -4,7 +4,7 @@ use crate::lab::{LATE, Lab, REPOSITORY};
 use crate::mock::answer::Bearer;
 use crate::mock::{Auth, Fault, Mock, Part};
 use obd_ublk::error::ErrorKind;
-use obd_ublk::registry::{Mirror, Options, Pace, Secret};
+use obd_ublk::registry::{CredentialSource, Mirror, Options, Pace, Secret};
 use obd_ublk::source::Fetch;
 use rcgen::{BasicConstraints, Certificate, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use std::net::TcpListener;
@@ -18,6 +18,7 @@ fn brisk() -> Pace {
     Pace {
         connect: Duration::from_millis(300),
         head: Duration::from_millis(400),
+        mirror_head: Duration::from_millis(200),
         window: Duration::from_millis(400),
         window_bytes_min: 4000,
     }
@@ -311,6 +312,72 @@ fn a_mirror_is_asked_first_and_left_when_it_fails() {
     let told = Mirror { of_host: lab.mock.host(), url: format!("http://{}", dead_address()) };
     let registry = lab.registry(Options { mirrors: vec![told], ..Options::default() });
     assert!(lab.read(&lab.blob(&registry), 0..1000, ENOUGH).is_ok(), "a dead mirror");
+}
+
+/// A mirror that accepts and never answers once delayed a read of each cycle by the time that a
+/// registry has for its head.
+#[test]
+fn row_10_a_mirror_that_hangs_is_asked_by_those_who_did_not_know_and_then_by_nobody() {
+    for (name, fault) in [("head", Fault::Delay(20_000)), ("body", Fault::Slow(100))] {
+        let (lab, mirror) = (Lab::new(), Lab::new());
+        mirror.mock.fail(Part::Blob, u64::MAX, fault);
+        let told = Mirror { of_host: lab.mock.host(), url: mirror.mock.url() };
+        let registry = lab.registry(Options { mirrors: vec![told], ..brisk_options() });
+        let (blob, other) = (lab.blob(&registry), lab.blob(&registry));
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| lab.read(&blob, 0..5000, ENOUGH).unwrap());
+            }
+        });
+        assert!(mirror.mock.count(Part::Blob) <= 8, "{name}: {}", mirror.mock.count(Part::Blob));
+        mirror.mock.clear();
+        for _ in 0..20 {
+            let found = lab.read(&other, 0..5000, ENOUGH).unwrap();
+            assert!(found == lab.content[..5000], "{name}");
+        }
+        assert_eq!(mirror.mock.count(Part::Blob), 0, "{name}: nor for another blob");
+    }
+    let pace = Pace::default();
+    assert!(2 * pace.mirror_head < pace.head, "there is another way");
+}
+
+/// Who configures a prefix trusts it with the registry's credentials, in its name only: where it
+/// redirects to gets none, and a mirror, of which nobody said so, neither.
+#[test]
+fn only_the_prefix_that_was_configured_sees_the_registrys_credentials() {
+    use base64::Engine as _;
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("config.json");
+    let secret = base64::engine::general_purpose::STANDARD.encode("user:secret");
+    let (lab, peer, store, mirror) = (Lab::new(), Lab::new(), Lab::new(), Lab::new());
+    let text = format!("{{\"auths\":{{\"{}\":{{\"auth\":\"{secret}\"}}}}}}", lab.mock.host());
+    std::fs::write(&file, text).unwrap();
+    for mock in [&lab.mock, &peer.mock] {
+        mock.state().auth = Auth::Basic(secret.clone());
+    }
+    peer.mock.state().redirect = Some((store.mock.url(), 60_000));
+    let registry = lab.registry(Options {
+        p2p_prefix: Some(peer.mock.url()),
+        mirrors: vec![Mirror { of_host: lab.mock.host(), url: mirror.mock.url() }],
+        credentials: vec![CredentialSource::File(file)],
+        ..brisk_options()
+    });
+    let blob = lab.blob(&registry);
+    for _ in 0..3 {
+        assert_eq!(lab.read(&blob, 0..1000, ENOUGH).unwrap(), lab.content[..1000]);
+    }
+    let shown = |mock: &Mock, part| -> Vec<Option<String>> {
+        mock.log(part).into_iter().map(|record| record.authorization).collect()
+    };
+    let basic = format!("Basic {secret}");
+    assert_eq!(shown(&peer.mock, Part::Blob), [None, Some(basic)], "once it asked for them");
+    assert_eq!(shown(&store.mock, Part::Store), [None, None, None]);
+    assert_eq!((lab.mock.count(Part::Blob), mirror.mock.count(Part::Blob)), (0, 0));
+    // Without the peer it is the mirror's turn, which asks for nothing and is shown nothing.
+    peer.mock.fail(Part::Blob, u64::MAX, Fault::status(500));
+    store.mock.fail(Part::Store, u64::MAX, Fault::status(500));
+    assert!(lab.read(&blob, 0..1000, ENOUGH).is_ok());
+    assert_eq!(shown(&mirror.mock, Part::Blob), [None]);
 }
 
 #[test]
