@@ -8,6 +8,7 @@
 //! not a worker's, because it concerns what all of them wrote.
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::waiting;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -174,6 +175,8 @@ impl<'a, D: Disk> Guarded<'a, D> {
             Some(worker) => worker,
             none => none.insert(new_worker(self.disk)?),
         };
+        // All that it waits for comes out of one time.
+        let _request = waiting::Request::begin();
         match catch_unwind(AssertUnwindSafe(|| act(worker))) {
             Ok(outcome) => outcome,
             Err(panic) => {

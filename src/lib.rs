@@ -35,6 +35,7 @@ pub mod source;
 pub mod telemetry;
 pub mod units;
 pub mod upper;
+pub mod waiting;
 
 #[cfg(feature = "registry")]
 pub mod registry;

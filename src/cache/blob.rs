@@ -22,6 +22,7 @@ use crate::limits::{
 };
 use crate::source::{Fetch, MappedFile, RemoteBlob, RemoteUsage};
 use crate::units::{to_u64, to_usize};
+use crate::waiting;
 use arc_swap::ArcSwap;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -360,8 +361,9 @@ impl CachedBlob {
         Err(Error::new(ErrorKind::Timeout, "the deadline passed"))
     }
 
+    /// Until when the request may wait of which this is a part; without one, from now on.
     pub(super) fn deadline(&self) -> Instant {
-        Instant::now() + self.slot.shared.settings.deadline
+        waiting::since() + self.slot.shared.settings.deadline
     }
 
     fn check_range(&self, bytes: &Range<u64>) -> Result<()> {

@@ -154,7 +154,8 @@ pub trait RemoteBlob: Send + Sync + fmt::Debug {
     fn bytes(&self) -> u64;
 
     /// Fills `dst` from `offset_bytes` on. What is here is copied without a system call where that
-    /// can be; the rest is fetched, which blocks for as long as the blob's own deadline says.
+    /// can be; the rest is fetched, which blocks for as long as the blob's own deadline says: for
+    /// all reads of one request together ([`crate::waiting`]).
     ///
     /// # Errors
     /// As [`Fetch::fetch`].

@@ -20,6 +20,7 @@ use super::thread;
 use crate::disk::{Disk, Guarded};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{MISS_IDLE_SECONDS, MISS_THREADS_MAX};
+use crate::waiting;
 use libublk::helpers::IoBuf;
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -62,7 +63,8 @@ struct Shared {
 
 #[derive(Default)]
 struct Inbox {
-    waiting: VecDeque<(u16, Miss)>,
+    /// By which queue, since when, and what.
+    waiting: VecDeque<(u16, Instant, Miss)>,
     threads: usize,
     idle: usize,
     closing: bool,
@@ -145,7 +147,9 @@ impl Drop for Ended<'_> {
 fn run<D: Disk>(disk: &D, shared: &Shared) {
     thread::prepare_helper("a reading thread");
     let mut worker = None;
-    while let Some((queue_index, miss)) = shared.next() {
+    while let Some((queue_index, asked, miss)) = shared.next() {
+        // It has waited for this thread already.
+        let _request = waiting::Request::begun_at(asked);
         let Miss { tag, start_sector, len_bytes, mut buffer } = miss;
         let outcome = match &mut worker {
             Some(worker) => Ok(worker),
@@ -164,7 +168,7 @@ fn run<D: Disk>(disk: &D, shared: &Shared) {
 
 impl Shared {
     /// Waits for a read; `None` at the end, or when there was none for a while.
-    fn next(&self) -> Option<(u16, Miss)> {
+    fn next(&self) -> Option<(u16, Instant, Miss)> {
         let deadline = Instant::now() + IDLE;
         let mut inbox = self.locked();
         loop {
@@ -203,7 +207,7 @@ impl<D: Disk> Desk<'_, D> {
         if is_crowded && !self.misses.add_thread(&mut inbox) {
             return Err(miss);
         }
-        inbox.waiting.push_back((self.queue_index, miss));
+        inbox.waiting.push_back((self.queue_index, Instant::now(), miss));
         self.misses.shared.changed.notify_one();
         Ok(())
     }

@@ -6,6 +6,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
+const AWHILE: Duration = Duration::from_millis(50);
+
 /// Says which sector a read has begun at, and ends it when told to.
 struct Gate {
     began: Sender<u64>,
@@ -45,6 +47,9 @@ impl Worker for GatedWorker {
             return Err(Error::new(ErrorKind::Timeout, "too far away"));
         }
         dst.fill(u8::try_from(start_sector).unwrap());
+        if start_sector == 77 {
+            dst.fill(u8::from(waiting::since() < Instant::now() - AWHILE));
+        }
         Ok(())
     }
 }
@@ -118,6 +123,27 @@ fn more_reads_than_threads_wait_their_turn() {
         end.send(()).unwrap();
     }
     assert_eq!(take(&desk, usize::from(count)).len(), usize::from(count));
+}
+
+/// With all threads stuck, a read once had its whole time anew when one of them came to it: several
+/// times the deadline after it was asked for.
+#[test]
+fn a_read_waits_since_it_was_asked_for_and_not_since_a_thread_came_to_it() {
+    let (misses, begun, end) = bench(false);
+    let desk = misses.desk(0).unwrap();
+    let count = u16::try_from(MISS_THREADS_MAX).unwrap();
+    for tag in 0..count {
+        assert!(desk.ask(miss(tag, 1)).is_ok());
+        begun.recv_timeout(PATIENCE).unwrap();
+    }
+    assert!(desk.ask(miss(count, 77)).is_ok());
+    std::thread::sleep(AWHILE);
+    for _ in 0..=count {
+        end.send(()).unwrap();
+    }
+    let mut back = take(&desk, usize::from(count) + 1);
+    let last = back.last_mut().unwrap();
+    assert_eq!((last.tag, last.buffer.as_mut_slice()[0]), (count, 1));
 }
 
 #[test]
