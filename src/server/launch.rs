@@ -11,6 +11,7 @@ use super::kernel::HostKernel;
 use super::prepare::{self, Prepared, report};
 use super::process::Process;
 use super::protocol::{self, Readiness, Refusal};
+use super::result_file::ResultFile;
 use super::run_dir::{RunDir, Slot};
 use super::serve::{Housing, Mailbox, Order, Server, UpperWish};
 use super::served_disk::{How, ServedDisk};
@@ -74,7 +75,7 @@ pub fn attach(
     options: &AttachOptions,
     announce: impl FnOnce(&Attached) -> Result<()>,
 ) -> Result<()> {
-    let (prepared, order) = prepare(options)?;
+    let (result_file, order) = prepare_for_another(options)?;
     let run = RunDir::of_host();
     let outcome = start_and_wait(options, &order, &run).and_then(|attached| {
         announce(&attached).inspect_err(|_| {
@@ -86,7 +87,7 @@ pub fn attach(
         })
     });
     if let Err(error) = &outcome {
-        report(prepared.result_file.as_ref(), error);
+        report(result_file.as_ref(), error);
     }
     outcome
 }
@@ -191,6 +192,23 @@ fn prepare(options: &AttachOptions) -> Result<(Prepared, Order)> {
     let upper = order.upper.as_ref().zip(prepared.upper.clone());
     let upper = upper.map(|(wish, folder)| UpperWish { folder, ..wish.clone() });
     Ok((prepared, Order { config, service_config, upper, ..order.clone() }))
+}
+
+/// The same for a server in another process, which prepares for itself: where its failures are to
+/// be told, and the order.
+fn prepare_for_another(options: &AttachOptions) -> Result<(Option<ResultFile>, Order)> {
+    if !is_reference(&options.order.config) {
+        let (prepared, order) = prepare(options)?;
+        return Ok((prepared.result_file, order));
+    }
+    // What a reference names is asked of its registry once, by the server: a config that is made of
+    // a manifest names no result file, and nothing else in it matters here.
+    let folder =
+        std::env::current_dir().map_err(|error| Error::io("find out where I am", &error))?;
+    let order = options.order.clone();
+    let service_config = order.service_config.map(|path| folder.join(path));
+    let upper = order.upper.map(|wish| UpperWish { folder: folder.join(wish.folder), ..wish });
+    Ok((None, Order { service_config, upper, ..order }))
 }
 
 fn tell(readiness: &Readiness) -> Result<()> {
@@ -501,6 +519,34 @@ mod tests {
                     --io-deadline 7 --upper /u --ephemeral -- /c/-v.json";
         let expected: Vec<OsString> = line.split(' ').map(Into::into).collect();
         assert_eq!(arguments(&options, &order), expected);
+    }
+
+    /// The registry was asked twice for everything: here, and by the server.
+    #[test]
+    fn what_a_reference_names_is_left_to_the_server_to_find() {
+        let order = Order {
+            // Nobody is there.
+            config: "docker://127.0.0.1:1/nobody/there".into(),
+            service_config: Some("s.json".into()),
+            id: None,
+            queues: None,
+            depth: 64,
+            request_bytes: 4096,
+            supervised: true,
+            upper: Some(UpperWish { folder: "u".into(), ephemeral: true }),
+            quota_bytes: None,
+            io_deadline_s: None,
+        };
+        let options = AttachOptions { order: order.clone(), read_only: false, verbosity: 0 };
+        let (result_file, found) = prepare_for_another(&options).unwrap();
+        let folder = std::env::current_dir().unwrap();
+        let upper = Some(UpperWish { folder: folder.join("u"), ephemeral: true });
+        let service_config = Some(folder.join("s.json"));
+        assert_eq!(found, Order { service_config, upper, ..order });
+        assert!(result_file.is_none());
+        let order = Order { config: "nothing/there.json".into(), ..options.order.clone() };
+        let error = prepare_for_another(&AttachOptions { order, ..options }).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotFound, "a config is read here");
     }
 
     fn shell(script: &str) -> Command {
