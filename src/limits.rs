@@ -95,6 +95,10 @@ pub const OPEN_HEAD_BYTES: u64 = 4096;
 /// layers the jump table and the index (19,000 entries take 300 KB, compressed less).
 pub const OPEN_TAIL_BYTES: u64 = 256 * 1024;
 
+/// How often a layer whose structure is wrong is fetched again where it was looked at, when it is
+/// opened: head, jump table, header and trailer of what it holds, and index.
+pub const OPEN_REFETCHES_MAX: u32 = 5;
+
 /// Layers that are opened at a time where some are in a registry: each waits for an answer or two.
 pub const OPEN_REMOTE_THREADS_MAX: usize = 32;
 
@@ -332,9 +336,17 @@ pub const CACHE_PATIENCE_MS: u64 = 10_000;
 /// at its origin stays so, and who reads it gets an error meanwhile.
 pub const CACHE_DISCARD_REST_MS: u64 = 60_000;
 
-/// Extents of one blob that are fetched again within that time: 128 MiB at the usual size. More is
-/// no damage on the way.
-pub const CACHE_DISCARDS_MAX: usize = 1024;
+/// How long the origin may take to tell what a damaged plain file should hold: a request of 1 MiB
+/// at 2 Mbit/s. The read that wants to know fails without an answer.
+pub const CACHE_COMPARE_MS_MAX: u64 = 5000;
+
+/// For how long nobody is asked again who did not tell: a read of what is damaged fails at once.
+pub const CACHE_COMPARE_REST_MS: u64 = 30_000;
+
+/// How long a blob of which wrong bytes were noticed is fetched from its origin alone. A mirror
+/// that goes on giving wrong ones costs one discarded extent in this time; a single accident costs
+/// the registry ten minutes of one blob's traffic.
+pub const CACHE_DISTRUST_MS: u64 = 600_000;
 
 /// For how long who waited in vain only waits shortly.
 pub const CACHE_IMPATIENCE_MS: u64 = 30_000;

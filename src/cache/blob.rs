@@ -8,6 +8,7 @@
 use super::Shared;
 use super::digest::BlobDigest;
 use super::discard::Discards;
+use super::doubt::Doubt;
 use super::extent_set::{Extents, next_missing};
 use super::fill::{Brought, Filler, Patience, Purpose};
 use super::flight::{Begun, Flights, Outcome, Ticket, lock};
@@ -73,6 +74,8 @@ pub(super) struct Slot {
     ahead: Line,
     planner: Mutex<Readahead>,
     patience: Patience,
+    /// Of everybody but the blob's origin.
+    pub(super) doubt: Doubt,
     reopening: AtomicBool,
     /// Whether it was read since the last tick.
     pub(super) used: AtomicBool,
@@ -111,6 +114,7 @@ impl Slot {
             ahead: Line::new(CACHE_AHEAD_AT_ONCE_MAX),
             planner: Mutex::new(Readahead::new(extents.count(), extents.extent_bytes())),
             patience: Patience::new(),
+            doubt: Doubt::new(),
             reopening: AtomicBool::new(false),
             used: AtomicBool::new(true),
             stored_bytes: AtomicU64::new(0),
@@ -172,6 +176,7 @@ impl Slot {
             counters: &self.counters,
             gate: &self.shared.gate,
             patience: &self.patience,
+            doubt: &self.doubt,
             purpose,
             canceled,
             deadline,

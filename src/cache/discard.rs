@@ -3,11 +3,13 @@
 //!
 //! ```text
 //!   decoder: wrong --> discard: note it in the record, not here any more --> read again: fetched
-//!     once more --> wrong again: an error, and no further fetch for a while
+//!     once more, from the origin --> wrong again: an error, and no further fetch for a while
 //! ```
 //!
 //! An extent is thrown away once within [`CACHE_DISCARD_REST_MS`], so that a blob that was
-//! published wrong costs a fetch a minute, however often it is read.
+//! published wrong costs a fetch a minute, however often it is read. Whoever else than the origin
+//! may have given what is wrong is not asked for a while ([`Doubt`](super::doubt::Doubt)), so that
+//! once is enough.
 
 use super::blob::{CachedBlob, Residence, Slot};
 use super::flight::{Begun, Outcome, lock};
@@ -15,11 +17,11 @@ use super::pair::Pair;
 use super::stats::count;
 use crate::error::{Error, Result};
 use crate::limits::{
-    CACHE_DISCARD_REST_MS, CACHE_DISCARDS_MAX, CACHE_JOIN_BYTES_MAX, CACHE_POLL_MS_MAX,
+    CACHE_COMPARE_MS_MAX, CACHE_COMPARE_REST_MS, CACHE_DISCARD_REST_MS, CACHE_EXTENTS_MAX,
+    CACHE_JOIN_BYTES_MAX, CACHE_POLL_MS_MAX,
 };
 use crate::source::MappedFile;
 use crate::units::to_usize;
-use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
@@ -33,27 +35,45 @@ const CLAIM_TRIES: u32 = 50;
 /// Which extents of a blob were thrown away lately.
 #[derive(Debug, Default)]
 pub(super) struct Discards {
-    at: HashMap<u64, Instant>,
+    begun: Option<Instant>,
+    /// A bit for each extent that was thrown away since then; 512 KiB for the largest blob.
+    taken: Vec<u64>,
+    /// Until when nobody is asked what a plain file should hold: it was in vain.
+    unanswered_until: Option<Instant>,
 }
 
 impl Discards {
-    /// Whether the extent may be thrown away now; notes that it is.
+    /// Whether the extent may be thrown away now; notes that it is. There is no limit on how many
+    /// may: a bad mirror can have given them all, and each costs one fetch.
     fn take(&mut self, extent: u64, now: Instant) -> bool {
         let rest = Duration::from_millis(CACHE_DISCARD_REST_MS);
-        let is_recent = |at: &Instant| now.saturating_duration_since(*at) < rest;
-        if self.at.get(&extent).is_some_and(is_recent) {
-            return false;
+        if self.begun.is_none_or(|begun| now.saturating_duration_since(begun) >= rest) {
+            self.begun = Some(now);
+            self.taken.clear();
         }
-        if self.at.len() >= CACHE_DISCARDS_MAX {
-            self.at.retain(|_, at| is_recent(at));
+        let Some((word, bit)) = place_of(extent) else { return false };
+        if self.taken.len() <= word {
+            self.taken.resize(word + 1, 0);
         }
-        // So much that is wrong is no accident, and fetching it again is in vain.
-        if self.at.len() >= CACHE_DISCARDS_MAX {
-            return false;
-        }
-        self.at.insert(extent, now);
-        true
+        let Some(bits) = self.taken.get_mut(word) else { return false };
+        let is_first = *bits & bit == 0;
+        *bits |= bit;
+        is_first
     }
+
+    /// Makes [`Discards::take`] as if it had not been.
+    fn give_back(&mut self, extent: u64) {
+        let Some((word, bit)) = place_of(extent) else { return };
+        if let Some(bits) = self.taken.get_mut(word) {
+            *bits &= !bit;
+        }
+    }
+}
+
+/// The word and the bit of an extent.
+fn place_of(extent: u64) -> Option<(usize, u64)> {
+    let words = extent.min(CACHE_EXTENTS_MAX) / u64::from(u64::BITS);
+    Some((to_usize(words)?, 1 << (extent % u64::from(u64::BITS))))
 }
 
 impl CachedBlob {
@@ -63,6 +83,8 @@ impl CachedBlob {
         if bytes.start >= bytes.end || bytes.end > slot.extents.blob_bytes() {
             return false;
         }
+        // Before anything is thrown away: others may fetch it again at once.
+        slot.doubt.raise();
         let residence = slot.residence.load_full();
         let extents = slot.extents.touched_by(bytes);
         let done = match &*residence {
@@ -85,7 +107,8 @@ impl CachedBlob {
     }
 
     /// A plain file had its digest once. It is compared with what is fetched now, and goes when it
-    /// has changed since.
+    /// has changed since. That is not worth a read's whole time: the read fails either way where
+    /// nobody answers, and the next one should not wait as long again.
     fn discard_whole(
         &self,
         residence: &Arc<Residence>,
@@ -95,13 +118,27 @@ impl CachedBlob {
         let slot = &self.slot;
         let most = CACHE_JOIN_BYTES_MAX.min(bytes.end - bytes.start);
         let first = slot.extents.touched_by(bytes).start;
-        if !lock(&slot.discards).take(first, Instant::now()) {
-            return Ok(true);
+        let now = Instant::now();
+        let deadline = self.deadline().min(now + Duration::from_millis(CACHE_COMPARE_MS_MAX));
+        {
+            let mut discards = lock(&slot.discards);
+            if discards.unanswered_until.is_some_and(|until| now < until) {
+                return Ok(false);
+            }
+            if !discards.take(first, now) {
+                return Ok(true);
+            }
         }
         let mut kept = vec![0; to_usize(most).unwrap_or(0)];
         let mut fetched = kept.clone();
         let is_read = file.read_vouched(bytes.start, &mut kept).is_ok();
-        self.fetch.fetch(bytes.start, &mut fetched, self.deadline())?;
+        let asked = self.fetch.fetch_from_origin(bytes.start, &mut fetched, deadline);
+        asked.inspect_err(|_| {
+            let mut discards = lock(&slot.discards);
+            discards.give_back(first);
+            let rest = Duration::from_millis(CACHE_COMPARE_REST_MS);
+            discards.unanswered_until = Some(Instant::now() + rest);
+        })?;
         count(&slot.counters.fetches, 1);
         count(&slot.counters.fetched_bytes, most);
         if is_read && kept == fetched {
@@ -111,7 +148,7 @@ impl CachedBlob {
         tracing::warn!(digest = %slot.digest, "a complete blob has changed since: removed");
         let folder_lock = folder.lock()?;
         // Somebody may have done so already, and the name may be of another file by now.
-        if file.file().metadata().is_ok_and(|metadata| is_named(&metadata)) {
+        if slot.is_named(file) {
             folder.remove_whole(&slot.digest, &folder_lock)?;
         }
         drop(folder_lock);
@@ -121,11 +158,6 @@ impl CachedBlob {
         slot.reopen(residence);
         Ok(true)
     }
-}
-
-/// Whether the file has a name.
-fn is_named(metadata: &std::fs::Metadata) -> bool {
-    std::os::unix::fs::MetadataExt::nlink(metadata) > 0
 }
 
 impl Slot {
@@ -159,6 +191,9 @@ impl Slot {
                 // It may still be the one that brought what is wrong.
                 Begun::Theirs(flight) => {
                     let _ = flight.wait(Instant::now() + pause);
+                    // One that has landed is known for a moment still: its thread may be held up
+                    // before it has taken it off the list, and all tries would be gone at once.
+                    std::thread::sleep(pause);
                     continue;
                 }
             };
@@ -186,22 +221,21 @@ impl Slot {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::units::to_u64;
 
     #[test]
-    fn an_extent_is_thrown_away_once_in_a_while_and_not_without_end() {
+    fn an_extent_is_thrown_away_once_in_a_while_however_many_there_are() {
         let mut discards = Discards::default();
         let now = Instant::now();
         let later = now + Duration::from_millis(CACHE_DISCARD_REST_MS);
         assert!(discards.take(7, now));
         assert!(!discards.take(7, now));
-        assert!(discards.take(8, now));
-        assert!(discards.take(7, later), "after a rest");
-        let mut discards = Discards::default();
-        let many = to_u64(CACHE_DISCARDS_MAX);
-        assert!((0..many).all(|extent| discards.take(extent, now)));
-        assert!(!discards.take(many, now), "too many at one time");
-        assert!(discards.take(many, later));
-        assert_eq!(discards.at.len(), 1, "those of before are forgotten");
+        discards.give_back(7);
+        assert!(discards.take(7, now), "nothing became of it");
+        assert!((0..5000).filter(|extent| *extent != 7).all(|extent| discards.take(extent, now)));
+        assert!((0..5000).all(|extent| !discards.take(extent, now)));
+        assert!((0..5000).all(|extent| discards.take(extent, later)), "after a rest");
+        assert!(discards.take(CACHE_EXTENTS_MAX - 1, later));
+        let bytes = discards.taken.len() * 8;
+        assert!(bytes <= 512 << 10, "{bytes} bytes for the largest blob");
     }
 }

@@ -10,9 +10,13 @@
 //! A claim is held while something is fetched, which ends at the deadline, and while it is stored.
 //! Where that takes long all the same (a dead disk, credentials that nobody brings, a process that
 //! is stopped), those who wait for the claim do not: they fetch for themselves ([`Patience`]).
+//!
+//! What was thrown away once, by whatever process, is fetched from the origin itself: who gave the
+//! wrong bytes would give them again ([`Doubt`]).
 
 use super::blob::canceled;
 use super::claim::Claim;
+use super::doubt::Doubt;
 use super::extent_set::{Extents, next_missing};
 use super::flight::Outcome;
 use super::gate::Gate;
@@ -109,6 +113,7 @@ pub(super) struct Filler<'a> {
     pub(super) counters: &'a Counters,
     pub(super) gate: &'a Gate,
     pub(super) patience: &'a Patience,
+    pub(super) doubt: &'a Doubt,
     pub(super) purpose: Purpose,
     /// Whether nobody waits any more.
     pub(super) canceled: &'a AtomicBool,
@@ -216,7 +221,7 @@ impl Filler<'_> {
         // Somebody may have stored them between our look and our claim.
         let looked = pair.look(claimed)?;
         count(&self.counters.verified, looked.verified);
-        for extent in looked.bad {
+        for &extent in &looked.bad {
             let digest = pair.header().digest;
             tracing::warn!(%digest, extent, "an extent of the cache is damaged: fetched anew");
             count(&self.counters.quarantined, 1);
@@ -226,7 +231,7 @@ impl Filler<'_> {
         let Some(run) = missing.filter(|run| !pair.states().is_bypassed(run)) else {
             return Ok(None);
         };
-        let bytes = self.fetch(&run).map_err(Obstacle::Fetch)?;
+        let bytes = self.fetch(&run, looked.has_quarantined).map_err(Obstacle::Fetch)?;
         match pair.store(&run, &bytes, claim) {
             Ok(()) => {
                 *stored += to_u64(bytes.len());
@@ -245,14 +250,18 @@ impl Filler<'_> {
             return Ok(Brought::Nothing);
         }
         count(&self.counters.degraded, wanted.end - wanted.start);
-        self.fetch(wanted).map(|bytes| Brought::Bytes(bytes.into()))
+        self.fetch(wanted, false).map(|bytes| Brought::Bytes(bytes.into()))
     }
 
-    fn fetch(&self, extents: &Range<u64>) -> Result<Vec<u8>> {
+    fn fetch(&self, extents: &Range<u64>, is_suspect: bool) -> Result<Vec<u8>> {
         let bytes = self.extents.bytes_of(extents);
         let length = bytes.end - bytes.start;
         let mut buffer = vec![0; to_usize(length).unwrap_or(0)];
-        let fetched = self.fetch.fetch(bytes.start, &mut buffer, self.deadline);
+        let fetched = if is_suspect || self.doubt.is_raised() {
+            self.fetch.fetch_from_origin(bytes.start, &mut buffer, self.deadline)
+        } else {
+            self.fetch.fetch(bytes.start, &mut buffer, self.deadline)
+        };
         if let Err(error) = fetched {
             count(&self.counters.fetch_failures, 1);
             return Err(error);

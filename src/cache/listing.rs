@@ -4,6 +4,7 @@ use super::Settings;
 use super::check::{self, Checked};
 use super::claim;
 use super::digest::BlobDigest;
+use super::doubt::Doubt;
 use super::evict::{self, Trimmed};
 use super::promote::{self, Commit, Promotion};
 use super::sidecar::{Header, RECORD_BYTES, Record};
@@ -155,7 +156,7 @@ impl Maintenance {
             return Ok(Promotion::Done);
         }
         let pair = self.folder.open_for_check(digest)?;
-        promote::promote(&self.folder, &pair)
+        promote::promote(&self.folder, &pair, &Doubt::new())
     }
 
     /// Gives a complete blob the name `overlaybd.commit` in the folder `dir` too: by a link where

@@ -30,6 +30,7 @@ mod check;
 mod claim;
 mod digest;
 mod discard;
+mod doubt;
 mod evict;
 mod extent_set;
 mod faults;

@@ -25,7 +25,7 @@ use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 
-/// Records that are read at a time, when those of all extents are: 1 MiB.
+/// Records that are read or written at a time, when those of all extents are: 1 MiB.
 pub(super) const RECORDS_AT_ONCE: u64 = 1 << 16;
 
 /// A blob that is here in part.
@@ -45,6 +45,8 @@ pub(super) struct Looked {
     pub(super) verified: u64,
     /// Extents whose bytes are not what their record says.
     pub(super) bad: Vec<u64>,
+    /// Whether somebody had thrown one of them away.
+    pub(super) has_quarantined: bool,
 }
 
 impl Pair {
@@ -129,6 +131,7 @@ impl Pair {
         let records = self.records(extents)?;
         let mut scratch = Vec::new();
         for (extent, record) in extents.clone().zip(records) {
+            looked.has_quarantined |= matches!(record, Record::Quarantined(_));
             let Record::Filled(expected) = record else { continue };
             if self.states.is_settled(extent) {
                 continue;
@@ -188,6 +191,19 @@ impl Pair {
     /// When the sidecar cannot be written.
     pub(super) fn quarantine(&self, extent: u64, _claim: &Claim<'_>) -> io::Result<()> {
         self.write_records(extent, &[Record::Quarantined(1)])
+    }
+
+    /// As [`Pair::quarantine`] for every extent of a pair that nobody else has open yet.
+    ///
+    /// # Errors
+    /// As there.
+    pub(super) fn quarantine_all(&self) -> io::Result<()> {
+        let all = 0..self.extents().count();
+        for first in all.clone().step_by(to_usize(RECORDS_AT_ONCE).unwrap_or(usize::MAX)) {
+            let count = to_usize(RECORDS_AT_ONCE.min(all.end - first)).unwrap_or(0);
+            self.write_records(first, &vec![Record::Quarantined(1); count])?;
+        }
+        Ok(())
     }
 
     /// Stores extents whose claim the caller has: the data first, then what vouches for it.

@@ -15,6 +15,7 @@
 
 use super::claim;
 use super::digest::BlobDigest;
+use super::doubt::Doubt;
 use super::faults::DiskStep;
 use super::pair::{Pair, RECORDS_AT_ONCE};
 use super::sidecar::Record;
@@ -44,15 +45,15 @@ pub enum Promotion {
     /// So many extents were damaged and thrown away; they are fetched again when they are needed.
     Damaged(u64),
     /// Every extent is as it was fetched, and all together they have another digest: what was
-    /// fetched was wrong. All of it was thrown away.
+    /// fetched was wrong. All of it was thrown away, and is fetched from the origin alone.
     Condemned,
 }
 
-/// Promotes a blob.
+/// Promotes a blob. Raises `doubt` before others can fetch again what was wrong.
 ///
 /// # Errors
 /// `Io`, `NoSpace`, `Timeout` for the folder's lock; nothing has changed then.
-pub(super) fn promote(folder: &Folder, pair: &Pair) -> Result<Promotion> {
+pub(super) fn promote(folder: &Folder, pair: &Pair, doubt: &Doubt) -> Result<Promotion> {
     let digest = pair.header().digest;
     let named = |error: io::Error| Error::io(format!("promote {digest}"), &error);
     // Its own open file, so that the claims of this process's readers count as others' do.
@@ -86,7 +87,7 @@ pub(super) fn promote(folder: &Folder, pair: &Pair) -> Result<Promotion> {
         return Ok(Promotion::Busy);
     }
     if found != digest {
-        return throw_all_away(folder, pair, &digest);
+        return throw_all_away(folder, pair, &digest, doubt);
     }
     // Once more, now that nobody can write: an extent may have been repaired since, with the same
     // bytes. Nothing is left to write as a rule.
@@ -209,12 +210,22 @@ fn throw_damaged_away(pair: &Pair, claims: &File) -> Result<Promotion> {
 
 /// Every extent is as it was fetched, and all together they are not the blob. The caller has all
 /// claims.
-fn throw_all_away(folder: &Folder, pair: &Pair, digest: &BlobDigest) -> Result<Promotion> {
+fn throw_all_away(
+    folder: &Folder,
+    pair: &Pair,
+    digest: &BlobDigest,
+    doubt: &Doubt,
+) -> Result<Promotion> {
     let lock = folder.lock()?;
     if pair.is_retired().map_err(|error| Error::io("look at the sidecar", &error))? {
         return Ok(Promotion::Busy);
     }
+    doubt.raise_for_good();
     folder.remove_pair(digest, &lock)?;
+    // Other processes learn it from the files that they will find.
+    if let Err(error) = folder.make_suspect_pair(digest, pair.extents(), &lock) {
+        tracing::warn!(%digest, error = format!("{error:#}"), "begun anew by whoever reads it");
+    }
     drop(lock);
     tracing::error!(%digest, "all bytes were fetched and have another digest: thrown away");
     Ok(Promotion::Condemned)

@@ -242,6 +242,21 @@ impl Folder {
         self.take(header, data, &data_path, map)
     }
 
+    /// Makes the files of a blob of which everything was thrown away: whoever fills them, in
+    /// whatever process, knows that. The caller has removed those of before.
+    ///
+    /// # Errors
+    /// `NoSpace`, `Io`.
+    pub(super) fn make_suspect_pair(
+        &self,
+        digest: &BlobDigest,
+        extents: Extents,
+        lock: &FolderLock,
+    ) -> Result<()> {
+        let pair = self.make_pair(digest, extents, lock)?;
+        pair.quarantine_all().map_err(|error| Error::io("write the records", &error))
+    }
+
     fn take(&self, header: Header, data: File, data_path: &Path, map: File) -> Result<Pair> {
         let named = |error: &io::Error| Error::io(format!("use {}", data_path.display()), error);
         claim::mark_used(&map).map_err(|error| named(&error))?;

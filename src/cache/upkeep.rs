@@ -132,7 +132,7 @@ impl Slot {
         let (Some(folder), Some(pair)) = (&self.shared.folder, residence.pair()) else {
             return Ok(Promotion::Incomplete);
         };
-        let promotion = promote(folder, pair)?;
+        let promotion = promote(folder, pair, &self.doubt)?;
         let failed = |error| Error::io(format!("look for {}", self.digest), &error);
         match promotion {
             Promotion::Done => {
@@ -160,7 +160,7 @@ impl Slot {
 
     /// Whether a plain file is still the one in the folder: it may live on under another name, that
     /// of an `overlaybd.commit`. Where that cannot be told it is.
-    fn is_named(&self, file: &MappedFile) -> bool {
+    pub(super) fn is_named(&self, file: &MappedFile) -> bool {
         let Some(folder) = &self.shared.folder else { return true };
         let found = std::fs::symlink_metadata(folder.whole_path(&self.digest));
         match (found, file.file().metadata()) {

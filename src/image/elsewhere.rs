@@ -10,7 +10,7 @@ use super::single::{DOCKER, LAYOUT};
 use crate::cache::{BlobDigest, Cache, CachedBlob, Settings};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::format::config::{CredentialConfig, ImageConfig, LowerConfig, ServiceConfig};
-use crate::limits::{OPEN_HEAD_BYTES, OPEN_TAIL_BYTES, RESOLVE_SECONDS_MAX};
+use crate::limits::{OPEN_HEAD_BYTES, OPEN_REFETCHES_MAX, OPEN_TAIL_BYTES, RESOLVE_SECONDS_MAX};
 use crate::registry::{CredentialSource, Options, Platform, Registry, Secret, open_layout};
 use crate::source::{RemoteBlob, Source};
 use crate::units::to_u64;
@@ -238,23 +238,27 @@ fn is_wrong(error: &Error) -> bool {
 }
 
 /// Opens a layer. One whose structure is wrong, though its bytes came, is fetched once more where
-/// it was looked at.
+/// it was looked at: with a right head it may be looked at elsewhere, which may be wrong, too.
 ///
 /// # Errors
 /// As [`Layer::open_sealed`].
 fn open_layer(name: &str, blob: Arc<dyn RemoteBlob>) -> Result<Layer> {
     let open = |blob| Layer::open_sealed(name.to_owned(), Source::Remote(blob));
-    let error = match open(Arc::clone(&blob)) {
-        Err(error) if is_wrong(&error) => error,
-        opened => return opened,
-    };
-    // Once more, of the same bytes, to learn which ones they are.
-    let seen = Arc::new(Seen { blob, ranges: Mutex::default(), failed: AtomicBool::new(false) });
-    let _ = open(Arc::clone(&seen) as Arc<dyn RemoteBlob>);
-    if !seen.discard_all() {
-        return Err(error);
+    let mut opened = open(Arc::clone(&blob));
+    for _ in 0..OPEN_REFETCHES_MAX {
+        if !opened.as_ref().is_err_and(is_wrong) {
+            break;
+        }
+        // Once more, of the same bytes, to learn which ones they are.
+        let (ranges, failed) = (Mutex::default(), AtomicBool::new(false));
+        let seen = Arc::new(Seen { blob: Arc::clone(&blob), ranges, failed });
+        let _ = open(Arc::clone(&seen) as Arc<dyn RemoteBlob>);
+        if !seen.discard_all() {
+            break;
+        }
+        opened = open(Arc::clone(&blob));
     }
-    open(Arc::clone(&seen.blob))
+    opened
 }
 
 /// A blob that notes what is read of it.

@@ -36,7 +36,11 @@ impl Lab {
     }
 
     pub(crate) fn at(mock: Mock, bytes: usize) -> Self {
-        let content: Arc<[u8]> = content(bytes, 7).into();
+        Self::of(mock, content(bytes, 7))
+    }
+
+    pub(crate) fn of(mock: Mock, content: Vec<u8>) -> Self {
+        let content: Arc<[u8]> = content.into();
         let digest = Digest::of(&content).to_string();
         mock.state().content.blobs.insert(digest.clone(), Arc::clone(&content));
         Self { mock, content, digest }
