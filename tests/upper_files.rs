@@ -22,7 +22,7 @@ fn program() -> Command {
     command
 }
 
-/// A disk of 1 MiB with data that was overwritten; the paths of its config, data and index.
+/// A disk of 1 MiB with data that is seen no more; the paths of its config, data and index.
 fn written_disk(folder: &Path, run: &Path) -> [PathBuf; 3] {
     let created = program()
         .args(["create".as_ref(), folder.as_os_str(), "--size".as_ref(), "1M".as_ref()])
@@ -36,9 +36,10 @@ fn written_disk(folder: &Path, run: &Path) -> [PathBuf; 3] {
         Pair::open(&PairPaths { data: data.clone(), index: index.clone() }, &options).unwrap();
     let mut worker = pair.worker();
     for byte in 1_u8..9 {
-        worker.write(8, &[byte; 65536]).unwrap();
+        worker.write(8 + 128 * u64::from(8 - byte), &[byte; 65536]).unwrap();
     }
     worker.zero(16..24).unwrap();
+    worker.zero(136..1032).unwrap();
     [config, data, index]
 }
 
