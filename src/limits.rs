@@ -295,6 +295,10 @@ pub const CACHE_EXTENTS_MAX: u64 = 1 << 22;
 /// needs one of them may wait for the others.
 pub const CACHE_JOIN_BYTES_MAX: u64 = 1024 * 1024;
 
+/// Buffers for what requests bring that a process keeps to use again, of that size each: one for
+/// each thread that fetches ahead.
+pub const CACHE_BUFFERS_MAX: usize = CACHE_THREADS_MAX;
+
 /// Bytes that are fetched ahead of a reader that has just proved sequential.
 pub const CACHE_AHEAD_BYTES_MIN: u64 = 256 * 1024;
 

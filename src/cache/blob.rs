@@ -175,6 +175,7 @@ impl Slot {
             fetch,
             counters: &self.counters,
             gate: &self.shared.gate,
+            buffers: &self.shared.buffers,
             patience: &self.patience,
             doubt: &self.doubt,
             purpose,

@@ -15,6 +15,7 @@
 //! wrong bytes would give them again ([`Doubt`]).
 
 use super::blob::canceled;
+use super::buffers::{Buffer, Buffers};
 use super::claim::Claim;
 use super::doubt::Doubt;
 use super::extent_set::{Extents, next_missing};
@@ -112,6 +113,7 @@ pub(super) struct Filler<'a> {
     pub(super) fetch: &'a dyn Fetch,
     pub(super) counters: &'a Counters,
     pub(super) gate: &'a Gate,
+    pub(super) buffers: &'a Buffers,
     pub(super) patience: &'a Patience,
     pub(super) doubt: &'a Doubt,
     pub(super) purpose: Purpose,
@@ -240,7 +242,7 @@ impl Filler<'_> {
             Err(error) => {
                 self.gate.close(&error);
                 count(&self.counters.degraded, run.end - run.start);
-                Ok(Some((run, bytes.into())))
+                Ok(Some((run, Arc::from(&*bytes))))
             }
         }
     }
@@ -250,13 +252,13 @@ impl Filler<'_> {
             return Ok(Brought::Nothing);
         }
         count(&self.counters.degraded, wanted.end - wanted.start);
-        self.fetch(wanted, false).map(|bytes| Brought::Bytes(bytes.into()))
+        self.fetch(wanted, false).map(|bytes| Brought::Bytes(Arc::from(&*bytes)))
     }
 
-    fn fetch(&self, extents: &Range<u64>, is_suspect: bool) -> Result<Vec<u8>> {
+    fn fetch(&self, extents: &Range<u64>, is_suspect: bool) -> Result<Buffer<'_>> {
         let bytes = self.extents.bytes_of(extents);
         let length = bytes.end - bytes.start;
-        let mut buffer = vec![0; to_usize(length).unwrap_or(0)];
+        let mut buffer = self.buffers.take(to_usize(length).unwrap_or(0));
         let fetched = if is_suspect || self.doubt.is_raised() {
             self.fetch.fetch_from_origin(bytes.start, &mut buffer, self.deadline)
         } else {

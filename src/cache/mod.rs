@@ -26,6 +26,7 @@
 //! remove. [`TouchLogs`] are small files beside the blobs. `format-spec/cache.md` tells all files.
 
 mod blob;
+mod buffers;
 mod check;
 mod claim;
 mod digest;
@@ -73,6 +74,7 @@ use crate::limits::{
 };
 use crate::source::Fetch;
 use blob::{Residence, Slot};
+use buffers::Buffers;
 use flight::lock;
 use gate::Gate;
 use pool::Pool;
@@ -138,6 +140,7 @@ struct Shared {
     folder: Option<Folder>,
     gate: Gate,
     pool: Pool,
+    buffers: Arc<Buffers>,
     /// Reads that wait for bytes now.
     waiting: AtomicUsize,
     slots: Arc<Mutex<Slots>>,
@@ -167,16 +170,20 @@ impl Cache {
 
     fn with(settings: Settings, folder: Option<Folder>) -> Self {
         let slots: Arc<Mutex<Slots>> = Arc::default();
-        let looked_after = Arc::clone(&slots);
+        let buffers: Arc<Buffers> = Arc::default();
+        let looked_after = (Arc::clone(&slots), Arc::clone(&buffers));
         let pool = Pool::new(settings.threads, settings.tick, move || {
-            for slot in live(&looked_after) {
+            let (slots, buffers) = &looked_after;
+            for slot in live(slots) {
                 slot.tick();
             }
+            buffers.tick();
         });
         let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let gate = Gate::new(settings.quota_bytes, ms(settings.pause), ms(settings.tick));
         let waiting = AtomicUsize::new(0);
-        Self { shared: Arc::new(Shared { settings, folder, gate, pool, waiting, slots }) }
+        let shared = Shared { settings, folder, gate, pool, buffers, waiting, slots };
+        Self { shared: Arc::new(shared) }
     }
 
     /// A blob, read through the cache. Blocks for some system calls, 2 s at most where other
