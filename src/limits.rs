@@ -491,6 +491,10 @@ pub const REGISTRY_WHOLE_BODY_BYTES_MAX: u64 = 1024 * 1024;
 /// pieces of this size, and several connections carry one large read.
 pub const REGISTRY_PIECE_BYTES_MAX: u64 = 1024 * 1024;
 
+/// Mirrors in a host's config: one that hangs holds a read up for seconds before it rests, so more
+/// than a few help nobody.
+pub const MIRRORS_MAX: usize = 8;
+
 /// Range requests under way for one fetch: with 100 ms to the first byte, 8 pieces of 1 MiB are
 /// 80 MB/s.
 pub const REGISTRY_PIECES_AT_ONCE_MAX: usize = 8;

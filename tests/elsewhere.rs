@@ -23,6 +23,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A registry and an empty cache.
@@ -305,6 +306,61 @@ fn row_9_what_a_peer_got_wrong_is_fetched_from_the_registry() {
         let asked = bytes_asked_for(&world);
         assert!(asked <= 2 * u64::try_from(layer.len()).unwrap(), "{name}: {asked}");
         assert!(world.run(&arguments).stdout == disk, "{name}: the next process");
+    }
+}
+
+/// A mirror with a certificate that no authority of this host has signed.
+fn mirror_with_own_certificate() -> (Mock, String) {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let own = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+    let key = rustls::pki_types::PrivateKeyDer::try_from(own.signing_key.serialize_der()).unwrap();
+    let config = rustls::ServerConfig::builder().with_no_client_auth();
+    let config = config.with_single_cert(vec![own.cert.der().clone()], key).unwrap();
+    (Mock::start_tls(Arc::new(config)), own.cert.pem())
+}
+
+/// No setting led to what the library could do: only peers were reachable.
+#[test]
+fn mirrors_and_whom_to_trust_are_named_in_the_hosts_config() {
+    let disk = disk_of(3 << 20, 13);
+    let layer = layer_of(&disk);
+    for (trusted_by, is_used) in [("caFiles", true), ("insecureHosts", true), ("nothing", false)] {
+        let world = World::new();
+        let lower = world.push_blob(layer.clone());
+        let (mirror, certificate) = mirror_with_own_certificate();
+        let digest = lower["digest"].as_str().unwrap().to_owned();
+        mirror.state().content.blobs.insert(digest, layer.clone().into());
+        let ca = world.path("ca.pem");
+        fs::write(&ca, certificate).unwrap();
+        let trusted = if trusted_by == "caFiles" { json!(ca) } else { json!(mirror.host()) };
+        let mirrors = json!([{"host": world.mock.host(), "url": mirror.url()}]);
+        let settings = world.path("overlaybd.json");
+        let told = json!({"registries": {"mirrors": mirrors, trusted_by: [trusted]}});
+        fs::write(&settings, told.to_string()).unwrap();
+        let config = world.config(&[lower]);
+        let (settings, config) = (settings.to_str().unwrap(), config.to_str().unwrap());
+        let output = world.run(&["export", "--service-config", settings, config]);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && output.stdout == disk, "{trusted_by}: {said}");
+        assert_eq!(mirror.count(Part::Blob) > 0, is_used, "{trusted_by}: {said}");
+        assert_eq!(world.mock.count(Part::Blob) == 0, is_used, "{trusted_by}: {said}");
+    }
+    let world = World::new();
+    let settings = world.path("overlaybd.json");
+    let config = world.config(&[world.push_blob(layer)]);
+    let many = vec![json!({"host": "a", "url": "https://b"}); 9];
+    for (wrong, told) in [
+        (json!({"mirrors": many}), "registries: found 9 mirrors, expected 8 at most"),
+        (json!({"mirrors": [{"host": "a", "url": "https://user@b"}]}), "mirror: expected a URL"),
+        (json!({"mirrors": [{"host": "a"}]}), "missing field `url`"),
+        (json!({"caFiles": [world.path("none.pem")]}), "none.pem"),
+        (json!([]), "expected an object in registries"),
+    ] {
+        fs::write(&settings, json!({"registries": wrong}).to_string()).unwrap();
+        let (settings, config) = (settings.to_str().unwrap(), config.to_str().unwrap());
+        let output = world.run(&["export", "--service-config", settings, config]);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && said.contains(told), "{told}: {said}");
     }
 }
 

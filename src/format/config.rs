@@ -7,7 +7,7 @@
 //! text; finding files is done by `image::open`. `format-spec/image-config.md` tells the format.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::limits::{CONFIG_BYTES_MAX, LAYER_COUNT_MAX};
+use crate::limits::{CONFIG_BYTES_MAX, LAYER_COUNT_MAX, MIRRORS_MAX};
 use crate::units::to_u64;
 use serde::de::{DeserializeOwned, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
@@ -258,6 +258,8 @@ pub struct ServiceConfig {
     pub prefetch_config: PrefetchConfig,
     /// Client certificate for registries.
     pub cert_config: CertConfig,
+    /// Ours alone: ways to registries, and whom to trust there.
+    pub registries: RegistriesConfig,
     /// The reference's I/O engine; ours is io_uring whatever it says. 0, 1 or 2.
     pub io_engine: u32,
     /// What we call ourselves to registries; empty for our name and version.
@@ -278,6 +280,7 @@ impl Default for ServiceConfig {
             p2p_config: P2pConfig::default(),
             prefetch_config: PrefetchConfig::default(),
             cert_config: CertConfig::default(),
+            registries: RegistriesConfig::default(),
             io_engine: 0,
             user_agent: String::new(),
             io_deadline_seconds: None,
@@ -382,6 +385,29 @@ pub struct CertConfig {
     pub key_file: String,
 }
 
+/// `registries`: the reference does not know it, and ignores it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct RegistriesConfig {
+    /// Other places that have a registry's repositories, asked first, in this order.
+    pub mirrors: Vec<MirrorConfig>,
+    /// Files of authorities (PEM) to trust besides the system's.
+    pub ca_files: Vec<String>,
+    /// `HOST` or `HOST:PORT` whose certificate is not verified.
+    pub insecure_hosts: Vec<String>,
+    /// `HOST` or `HOST:PORT` to which an image's reference means plain http.
+    pub plain_hosts: Vec<String>,
+}
+
+/// An element of `registries.mirrors`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct MirrorConfig {
+    /// The registry, `HOST` or `HOST:PORT`.
+    pub host: String,
+    /// `https://HOST` of the mirror.
+    pub url: String,
+}
+
 impl ServiceConfig {
     /// The config in `bytes`.
     ///
@@ -393,13 +419,25 @@ impl ServiceConfig {
             let message = format!("ioEngine: found {}, expected 0, 1 or 2", config.io_engine);
             return Err(Error::new(ErrorKind::InvalidConfig, message));
         }
+        let found = config.registries.mirrors.len();
+        if found > MIRRORS_MAX {
+            let message = format!("registries: found {found} mirrors, expected {MIRRORS_MAX}");
+            return Err(Error::new(ErrorKind::InvalidConfig, format!("{message} at most")));
+        }
         Ok(config)
     }
 }
 
 /// Keys of the service config whose values are objects.
-const SERVICE_OBJECTS: [&str; 6] =
-    ["cacheConfig", "credentialConfig", "download", "p2pConfig", "prefetchConfig", "certConfig"];
+const SERVICE_OBJECTS: [&str; 7] = [
+    "cacheConfig",
+    "credentialConfig",
+    "download",
+    "p2pConfig",
+    "prefetchConfig",
+    "certConfig",
+    "registries",
+];
 
 /// Parses, and insists on objects at the root and under the keys `objects` (or in their lists):
 /// the derived parsers would take an array as the fields in order.

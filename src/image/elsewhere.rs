@@ -11,7 +11,7 @@ use crate::cache::{BlobDigest, Cache, CachedBlob, Settings};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::format::config::{CredentialConfig, ImageConfig, LowerConfig, ServiceConfig};
 use crate::limits::{OPEN_HEAD_BYTES, OPEN_REFETCHES_MAX, OPEN_TAIL_BYTES, RESOLVE_SECONDS_MAX};
-use crate::registry::{CredentialSource, Options, Platform, Registry, Secret, open_layout};
+use crate::registry::{CredentialSource, Mirror, Options, Platform, Registry, Secret, open_layout};
 use crate::source::{RemoteBlob, Source};
 use crate::units::to_u64;
 use serde_json::json;
@@ -120,6 +120,7 @@ fn needed_with(
     }
     let cert = &service.cert_config;
     needed.extend([&cert.cert_file, &cert.key_file].into_iter().filter_map(|it| path(it)));
+    needed.extend(service.registries.ca_files.iter().filter_map(|it| path(it)));
     needed.extend(AUTHORITY_VARIABLES.iter().filter_map(named));
     let helpers = helper_folders(&variable("PATH").unwrap_or_default());
     if !helpers.is_empty() {
@@ -342,6 +343,8 @@ fn fill_ends(blob: &CachedBlob) -> Result<()> {
 fn options(service: &ServiceConfig) -> Options {
     let plain = std::env::var(PLAIN_HTTP_VARIABLE).unwrap_or_default();
     let plain = plain.split(',').map(str::trim).filter(|host| !host.is_empty());
+    let ours = &service.registries;
+    let mirrors = ours.mirrors.iter().map(|mirror| Mirror::new(&mirror.host, &mirror.url));
     let docker = docker_file(|name| std::env::var_os(name));
     let p2p = &service.p2p_config;
     Options {
@@ -349,7 +352,10 @@ fn options(service: &ServiceConfig) -> Options {
         credentials: credentials(service).into_iter().chain(docker).collect(),
         p2p_prefix: Some(p2p.address.clone()).filter(|_| p2p.enable),
         client_certificate: pair(&service.cert_config.cert_file, &service.cert_config.key_file),
-        plain_hosts: plain.map(ToOwned::to_owned).collect(),
+        plain_hosts: plain.map(ToOwned::to_owned).chain(ours.plain_hosts.clone()).collect(),
+        insecure_hosts: ours.insecure_hosts.clone(),
+        ca_files: ours.ca_files.iter().filter_map(|file| path(file)).collect(),
+        mirrors: mirrors.collect(),
         ..Options::default()
     }
 }
@@ -422,7 +428,8 @@ mod tests {
         let helpers = helpers.to_str().unwrap();
         let https = r#"{"credentialConfig": {"mode": "https", "path": "https://c/",
             "server_ca_path": "/ca", "client_cert_path": "/cert", "client_key_path": "/key"},
-            "certConfig": {"certFile": "/own-cert", "keyFile": "/own-key"}}"#;
+            "certConfig": {"certFile": "/own-cert", "keyFile": "/own-key"},
+            "registries": {"caFiles": ["/own-ca", ""]}}"#;
         for (service, variables, expected) in [
             (
                 "{}",
@@ -453,7 +460,16 @@ mod tests {
             (
                 https,
                 vec![("OBD_UBLK_CACHE_DIR", "/cache")],
-                vec!["/cache", "/layers/1", "/ca", "/cert", "/key", "/own-cert", "/own-key"],
+                vec![
+                    "/cache",
+                    "/layers/1",
+                    "/ca",
+                    "/cert",
+                    "/key",
+                    "/own-cert",
+                    "/own-key",
+                    "/own-ca",
+                ],
             ),
         ] {
             let expected = expected.into_iter().chain(RESOLVER_FILES).map(PathBuf::from);

@@ -1,6 +1,7 @@
 //! What can be told about registries: who we are, whom to trust, which ways to go.
 
 use super::credentials::Source;
+use super::reference::{DOCKER_HUB_HOST, is_docker_hub};
 use super::secret::Secret;
 use crate::limits::{
     MIRROR_HEAD_MS_MAX, REGISTRY_CONNECT_MS_MAX, REGISTRY_HEAD_MS_MAX, REGISTRY_PACE_BYTES_MIN,
@@ -49,6 +50,16 @@ pub struct Mirror {
     pub url: String,
 }
 
+impl Mirror {
+    /// The mirror at `url` of the registry `host`, by any of its names.
+    #[must_use]
+    pub fn new(host: &str, url: &str) -> Self {
+        let host = host.to_ascii_lowercase();
+        let of_host = if is_docker_hub(&host) { DOCKER_HUB_HOST.to_owned() } else { host };
+        Self { of_host, url: url.trim_end_matches('/').to_owned() }
+    }
+}
+
 /// When a server is too slow for one attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pace {
@@ -72,6 +83,23 @@ impl Default for Pace {
             mirror_head: Duration::from_millis(MIRROR_HEAD_MS_MAX),
             window: Duration::from_millis(REGISTRY_PACE_MS),
             window_bytes_min: REGISTRY_PACE_BYTES_MIN,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mirror_of_docker_hub_may_name_it_as_people_do() {
+        for (host, url, expected) in [
+            ("docker.io", "https://m", ("registry-1.docker.io", "https://m")),
+            ("index.docker.io", "https://m/", ("registry-1.docker.io", "https://m")),
+            ("Reg.Example.com:5000", "http://m/a/", ("reg.example.com:5000", "http://m/a")),
+        ] {
+            let mirror = Mirror::new(host, url);
+            assert_eq!((mirror.of_host.as_str(), mirror.url.as_str()), expected, "{host}");
         }
     }
 }
