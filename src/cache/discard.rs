@@ -25,7 +25,6 @@ use crate::units::to_usize;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// How often an extent that somebody else has claimed is tried again, [`CACHE_POLL_MS_MAX`] apart:
@@ -154,7 +153,6 @@ impl CachedBlob {
         drop(folder_lock);
         count(&slot.counters.discarded, 1);
         count(&slot.counters.quarantined, 1);
-        slot.promotion_asked.store(false, Ordering::Release);
         slot.reopen(residence);
         Ok(true)
     }
