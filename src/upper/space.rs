@@ -108,9 +108,9 @@ impl Space {
     /// reused: no writer we know makes such a pair, and what one name lets go another still needs.
     pub(super) fn new(used: &mut [Range<u64>], end_sector: u64, limit_sector: u64) -> Self {
         let first = crate::format::lsmt::DATA_START_SECTOR;
+        let young_sector = end_sector;
         let mut this =
-            Self { end_sector, limit_sector, young_sector: end_sector, ..Self::default() };
-        this.reuse = true;
+            Self { end_sector, limit_sector, young_sector, reuse: true, ..Self::default() };
         used.sort_unstable_by_key(|range| range.start);
         let mut here = first;
         for range in used {
