@@ -306,12 +306,16 @@ pub const CACHE_AHEAD_BYTES_MIN: u64 = 256 * 1024;
 /// 80 MB/s where each takes 100 ms.
 pub const CACHE_AHEAD_BYTES_MAX: u64 = 8 * 1024 * 1024;
 
+/// The same once half of the blob is here: as many requests as one blob may have for what nobody
+/// waits for yet, 120 MB/s where each takes 100 ms.
+pub const CACHE_AHEAD_REST_BYTES_MAX: u64 = 12 * 1024 * 1024;
+
 /// Sequential readers of one blob that are followed at a time.
 pub const CACHE_STREAMS_MAX: usize = 8;
 
-/// Threads that fetch ahead, for all blobs of a process: as many requests as one window is cut
-/// into, 8 MiB of buffers.
-pub const CACHE_THREADS_MAX: usize = 8;
+/// Threads that fetch ahead, for all blobs of a process: as many requests as the widest window is
+/// cut into, 12 MiB of buffers.
+pub const CACHE_THREADS_MAX: usize = 12;
 
 /// Fetches ahead of reads that one blob has under way at a time, by those threads, replays and
 /// downloads together: of the requests that it may have, a quarter is left to reads, which so never

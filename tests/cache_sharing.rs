@@ -319,3 +319,53 @@ fn a_read_goes_through_while_all_that_is_fetched_ahead_hangs() {
     check_read(&cached, &blob, 64 * EXTENT, 64 * EXTENT);
     assert_eq!(hanging.free_places(), BLOB_REQUESTS_AT_ONCE_MAX);
 }
+
+/// Keeps the memory that it was lent, or gives back less.
+#[derive(Debug)]
+struct Keeping {
+    blob: Arc<Blob>,
+    gives_back: usize,
+}
+
+impl Fetch for Keeping {
+    fn name(&self) -> &str {
+        self.blob.name()
+    }
+
+    fn bytes(&self) -> u64 {
+        self.blob.bytes()
+    }
+
+    fn fetch(&self, offset_bytes: u64, dst: &mut [u8], deadline: Instant) -> Result<()> {
+        self.blob.fetch(offset_bytes, dst, deadline)
+    }
+
+    fn fetch_lent(
+        &self,
+        _: (u64, bool),
+        mut memory: Vec<u8>,
+        _: usize,
+        _: Instant,
+    ) -> (Vec<u8>, Result<()>) {
+        memory.truncate(self.gives_back);
+        (memory, Ok(()))
+    }
+
+    fn cancel(&self) {}
+}
+
+#[test]
+fn memory_that_was_lent_and_did_not_come_back_is_an_error_and_no_bytes() {
+    let blob = Blob::new(58, 4 * EXTENT, EXTENT);
+    for gives_back in [0, 1, EXTENT - 1, 2 * EXTENT - 1] {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = open(folder.path(), 4096);
+        let keeping = Arc::new(Keeping { blob: Arc::clone(&blob), gives_back });
+        let cached = cache.blob(&blob.digest, keeping).unwrap();
+        let error = cached.read(0, &mut vec![0; 2 * EXTENT]).unwrap_err();
+        assert!(format!("{error:#}").contains("do not fit the memory lent"), "{error:#}");
+        assert_eq!(cached.here_bytes(), 0);
+        let whole = cache.blob(&blob.digest, Arc::clone(&blob) as Arc<dyn Fetch>).unwrap();
+        check_read(&whole, &blob, 0, 4 * EXTENT);
+    }
+}

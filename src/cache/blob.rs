@@ -10,7 +10,7 @@ use super::digest::BlobDigest;
 use super::discard::Discards;
 use super::doubt::Doubt;
 use super::extent_set::{Extents, next_missing};
-use super::fill::{Brought, Filler, Patience, Purpose};
+use super::fill::{Brought, Filler, Haul, Patience, Purpose, copy_from};
 use super::flight::{Begun, Flights, Outcome, Ticket, lock};
 use super::line::{Line, Place};
 use super::pair::Pair;
@@ -190,12 +190,12 @@ impl Slot {
         ticket: Ticket<'_>,
         residence: &Arc<Residence>,
         filler: &Filler<'_>,
+        haul: &mut Haul<'_>,
     ) -> Result<Brought> {
         let extents = ticket.extents();
-        let mut stored = 0;
         // Somebody may have landed between our look and our ticket.
         let here = residence.pair().is_some_and(|pair| pair.states().are_here(&extents));
-        let brought = if here { Ok(Brought::Here) } else { filler.bring(&extents, &mut stored) };
+        let brought = if here { Ok(Brought::Here) } else { filler.bring(&extents, haul) };
         if matches!(brought, Ok(Brought::Retired)) {
             self.reopen(residence);
         }
@@ -203,9 +203,9 @@ impl Slot {
             Ok(brought) => brought.outcome(self.extents.bytes_of(&extents).start),
             Err(error) => Outcome::failed(error),
         });
-        if stored > 0 {
-            self.stored_bytes.fetch_add(stored, Ordering::Relaxed);
-            if self.shared.gate.stored(stored) {
+        if haul.stored > 0 {
+            self.stored_bytes.fetch_add(haul.stored, Ordering::Relaxed);
+            if self.shared.gate.stored(haul.stored) {
                 self.shared.trim_later(false);
             }
         }
@@ -242,7 +242,8 @@ impl Slot {
             at = ticket.extents().end;
             let deadline = Instant::now() + self.shared.settings.deadline;
             let filler = self.filler(Some(pair), fetch, (Purpose::Ahead, &NEVER), deadline);
-            if !matches!(self.fly(ticket, &residence, &filler)?, Brought::Here) {
+            let mut haul = Haul::default();
+            if !matches!(self.fly(ticket, &residence, &filler, &mut haul)?, Brought::Here) {
                 break;
             }
         }
@@ -344,7 +345,7 @@ impl CachedBlob {
                 spread_to = at.saturating_add(window).min(extents.end).max(from);
                 self.spread(from..spread_to);
             }
-            if self.bring(&residence, run, deadline)?.is_some() {
+            if self.bring(&residence, run, &mut Haul::default(), deadline)?.is_some() {
                 return Err(self.not_kept());
             }
         }
@@ -441,10 +442,10 @@ impl CachedBlob {
             Residence::Nothing => extents,
         };
         run.end = run.end.min(run.start.saturating_add(slot.join_max()));
-        match self.bring(&residence, run, deadline)? {
-            Some((first_byte, bytes)) => Ok(copy_from(&bytes, first_byte, at, dst)),
-            None => Ok(0),
-        }
+        let mut haul = Haul::of_read(at, dst);
+        let brought = self.bring(&residence, run, &mut haul, deadline)?;
+        let done = haul.done;
+        Ok(brought.map_or(done, |(first_byte, bytes)| copy_from(&bytes, first_byte, at, dst)))
     }
 
     /// Copies what is here from a pair; 0 when its file fails.
@@ -466,6 +467,7 @@ impl CachedBlob {
         &self,
         residence: &Arc<Residence>,
         run: Range<u64>,
+        haul: &mut Haul<'_>,
         deadline: Instant,
     ) -> Result<Option<(u64, Arc<[u8]>)>> {
         let slot = &self.slot;
@@ -479,7 +481,7 @@ impl CachedBlob {
             Begun::Theirs(flight) => flight,
             Begun::Mine(ticket) => {
                 let first_byte = slot.extents.bytes_of(&ticket.extents()).start;
-                let brought = slot.fly(ticket, residence, &filler)?;
+                let brought = slot.fly(ticket, residence, &filler, haul)?;
                 return Ok(brought.bytes().map(|bytes| (first_byte, bytes)));
             }
         };
@@ -511,7 +513,8 @@ impl CachedBlob {
         if !slot.shared.gate.is_open() {
             return;
         }
-        let Some(ahead) = lock(&slot.planner).observe(&touched) else { return };
+        let here = pair.states().here();
+        let Some(ahead) = lock(&slot.planner).observe(&touched, here) else { return };
         pair.states().mark(ahead.mark);
         self.spread(ahead.extents);
     }
@@ -569,16 +572,6 @@ impl Drop for Waiting<'_> {
 /// The error for who waits for nothing any more.
 pub(super) fn canceled() -> Error {
     Error::new(ErrorKind::Canceled, "the reader is going away")
-}
-
-/// Copies what `bytes`, which begin at `first_byte`, have of `dst`, which begins at `at`.
-fn copy_from(bytes: &[u8], first_byte: u64, at: u64, dst: &mut [u8]) -> usize {
-    let from = at.checked_sub(first_byte).and_then(to_usize);
-    let Some(found) = from.and_then(|from| bytes.get(from..)) else { return 0 };
-    let length = found.len().min(dst.len());
-    let (Some(to), Some(from)) = (dst.get_mut(..length), found.get(..length)) else { return 0 };
-    to.copy_from_slice(from);
-    length
 }
 
 impl RemoteBlob for CachedBlob {

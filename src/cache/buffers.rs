@@ -50,6 +50,15 @@ impl Buffers {
     }
 }
 
+impl Buffer<'_> {
+    /// Hands the memory and how much of it is wanted to `fill`, which gives it back.
+    pub(super) fn lend<T>(&mut self, fill: impl FnOnce(Vec<u8>, usize) -> (Vec<u8>, T)) -> T {
+        let (memory, filled) = fill(std::mem::take(&mut self.memory), self.length);
+        self.memory = memory;
+        filled
+    }
+}
+
 impl Deref for Buffer<'_> {
     type Target = [u8];
 

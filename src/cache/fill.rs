@@ -25,7 +25,7 @@ use super::pair::Pair;
 use super::stats::{Counters, count};
 use crate::error::{Error, Result};
 use crate::limits::{CACHE_IMPATIENCE_MS, CACHE_PATIENCE_MS, CACHE_POLL_MS_MAX};
-use crate::source::Fetch;
+use crate::source::{Fetch, too_short};
 use crate::units::{to_u64, to_usize};
 use std::io;
 use std::ops::Range;
@@ -71,6 +71,41 @@ impl Brought {
             Self::Here | Self::Retired | Self::Nothing => Outcome::Stored,
         }
     }
+}
+
+/// What comes of one flight besides what is here after it.
+#[derive(Debug, Default)]
+pub(super) struct Haul<'a> {
+    /// Bytes that went to the disk.
+    pub(super) stored: u64,
+    /// Whose read waits for it: where in the blob it goes on, and the rest of its memory.
+    read: Option<(u64, &'a mut [u8])>,
+    /// Bytes that the read got.
+    pub(super) done: usize,
+}
+
+impl<'a> Haul<'a> {
+    /// For a read at byte `at` of the blob, which takes what was fetched while it is at hand: from
+    /// the mapping it would be copied out of pages that nobody has touched yet.
+    pub(super) fn of_read(at: u64, dst: &'a mut [u8]) -> Self {
+        Self { read: Some((at, dst)), ..Self::default() }
+    }
+
+    fn take(&mut self, bytes: &[u8], first_byte: u64) {
+        let Some((at, dst)) = &mut self.read else { return };
+        let rest = dst.get_mut(self.done..).unwrap_or_default();
+        self.done += copy_from(bytes, first_byte, *at + to_u64(self.done), rest);
+    }
+}
+
+/// Copies what `bytes`, which begin at `first_byte`, have of `dst`, which begins at `at`.
+pub(super) fn copy_from(bytes: &[u8], first_byte: u64, at: u64, dst: &mut [u8]) -> usize {
+    let from = at.checked_sub(first_byte).and_then(to_usize);
+    let Some(found) = from.and_then(|from| bytes.get(from..)) else { return 0 };
+    let length = found.len().min(dst.len());
+    let (Some(to), Some(from)) = (dst.get_mut(..length), found.get(..length)) else { return 0 };
+    to.copy_from_slice(from);
+    length
 }
 
 /// How long to wait for what others are fetching of a blob. Who waited in vain waits shortly for a
@@ -138,14 +173,13 @@ impl From<io::Error> for Obstacle {
 }
 
 impl Filler<'_> {
-    /// Brings `wanted`, which no other thread of this process is bringing. `stored` is told how
-    /// many bytes went to the disk.
+    /// Brings `wanted`, which no other thread of this process is bringing.
     ///
     /// # Errors
     /// Why the bytes could not be fetched.
-    pub(super) fn bring(&self, wanted: &Range<u64>, stored: &mut u64) -> Result<Brought> {
+    pub(super) fn bring(&self, wanted: &Range<u64>, haul: &mut Haul<'_>) -> Result<Brought> {
         let Some(pair) = self.pair else { return self.past_the_cache(wanted) };
-        match self.bring_into(pair, wanted, stored) {
+        match self.bring_into(pair, wanted, haul) {
             Ok(brought) => Ok(brought),
             Err(Obstacle::Fetch(error)) => Err(error),
             Err(Obstacle::Disk(error)) => {
@@ -159,7 +193,7 @@ impl Filler<'_> {
         &self,
         pair: &Pair,
         wanted: &Range<u64>,
-        stored: &mut u64,
+        haul: &mut Haul<'_>,
     ) -> Result<Brought, Obstacle> {
         let patience = self.patience.until(self.deadline);
         let mut pause_ms = 1;
@@ -175,7 +209,7 @@ impl Filler<'_> {
                 if pair.is_retired()? {
                     return Ok(Brought::Retired);
                 }
-                let Some((run, bytes)) = self.fill(pair, &claimed, &claim, stored)? else {
+                let Some((run, bytes)) = self.fill(pair, &claimed, &claim, haul)? else {
                     continue;
                 };
                 drop(claim);
@@ -218,7 +252,7 @@ impl Filler<'_> {
         pair: &Pair,
         claimed: &Range<u64>,
         claim: &Claim<'_>,
-        stored: &mut u64,
+        haul: &mut Haul<'_>,
     ) -> Result<Option<NotKept>, Obstacle> {
         // Somebody may have stored them between our look and our claim.
         let looked = pair.look(claimed)?;
@@ -236,7 +270,8 @@ impl Filler<'_> {
         let bytes = self.fetch(&run, looked.has_quarantined).map_err(Obstacle::Fetch)?;
         match pair.store(&run, &bytes, claim) {
             Ok(()) => {
-                *stored += to_u64(bytes.len());
+                haul.stored += to_u64(bytes.len());
+                haul.take(&bytes, self.extents.bytes_of(&run).start);
                 Ok(None)
             }
             Err(error) => {
@@ -259,11 +294,16 @@ impl Filler<'_> {
         let bytes = self.extents.bytes_of(extents);
         let length = bytes.end - bytes.start;
         let mut buffer = self.buffers.take(to_usize(length).unwrap_or(0));
-        let fetched = if is_suspect || self.doubt.is_raised() {
-            self.fetch.fetch_from_origin(bytes.start, &mut buffer, self.deadline)
-        } else {
-            self.fetch.fetch(bytes.start, &mut buffer, self.deadline)
-        };
+        let from_origin = is_suspect || self.doubt.is_raised();
+        let fetched = buffer.lend(|memory, length| {
+            let what = (bytes.start, from_origin);
+            self.fetch.fetch_lent(what, memory, length, self.deadline)
+        });
+        // Who took the memory must have brought it back: what is stored is what is in it.
+        let fetched = fetched.and_then(|()| match to_u64(buffer.len()) == length {
+            true => Ok(()),
+            false => Err(too_short(self.fetch.name(), buffer.len())),
+        });
         if let Err(error) = fetched {
             count(&self.counters.fetch_failures, 1);
             return Err(error);

@@ -1,15 +1,19 @@
 //! How far to fetch ahead of a reader: numbers only.
 //!
 //! A few streams are followed at a time. A read that goes on where one stands widens its window:
-//! to twice the read at first, then fourfold while it is small and twofold later, up to
-//! [`CACHE_AHEAD_BYTES_MAX`]. A read that belongs to none halves all windows and begins a
-//! stream of its own, which fetches nothing ahead before it was continued. So a sequential reader
-//! is soon 8 MiB ahead, several beside each other are too, and random reads fetch what they need.
+//! to twice the read at first, then fourfold, up to [`CACHE_AHEAD_BYTES_MAX`]: each step waits for
+//! a registry's first byte. A read that belongs to none halves all windows and begins a stream of
+//! its own, which fetches nothing ahead before it was continued. So a sequential reader is soon
+//! 8 MiB ahead, several beside each other are too, and random reads fetch what they need. Once half
+//! of the blob is here, who goes on reading is likely to want the rest, and the window is as wide
+//! as requests are left for ([`CACHE_AHEAD_REST_BYTES_MAX`]).
 //!
 //! A stream asks to be told when the reader comes to its mark, seven eighths of a window in front
 //! of the end of what was asked for, so that hits between two marks cost nothing.
 
-use crate::limits::{CACHE_AHEAD_BYTES_MAX, CACHE_AHEAD_BYTES_MIN, CACHE_STREAMS_MAX};
+use crate::limits::{
+    CACHE_AHEAD_BYTES_MAX, CACHE_AHEAD_BYTES_MIN, CACHE_AHEAD_REST_BYTES_MAX, CACHE_STREAMS_MAX,
+};
 use std::ops::Range;
 
 /// What to fetch ahead, in extents.
@@ -42,6 +46,7 @@ pub struct Readahead {
     extent_count: u64,
     window_min: u64,
     window_max: u64,
+    window_rest: u64,
 }
 
 impl Readahead {
@@ -55,16 +60,20 @@ impl Readahead {
             extent_count,
             window_min: extents(CACHE_AHEAD_BYTES_MIN),
             window_max: extents(CACHE_AHEAD_BYTES_MAX),
+            window_rest: extents(CACHE_AHEAD_REST_BYTES_MAX),
         }
     }
 
-    /// A read that missed, or that came to a mark, touches `read`. What to fetch ahead of it now.
-    pub fn observe(&mut self, read: &Range<u64>) -> Option<Ahead> {
+    /// A read that missed, or that came to a mark, touches `read`, and so many extents of the blob
+    /// are here. What to fetch ahead of it now.
+    pub fn observe(&mut self, read: &Range<u64>, here: u64) -> Option<Ahead> {
         if read.start >= read.end || read.end > self.extent_count {
             return None;
         }
         self.now += 1;
-        let (now, min, max) = (self.now, self.window_min, self.window_max);
+        let is_half_here = here >= self.extent_count.div_ceil(2);
+        let max = if is_half_here { self.window_rest } else { self.window_max };
+        let (now, min) = (self.now, self.window_min);
         let known = self.streams.iter_mut().find(|stream| stream.is_continued_by(read));
         let Some(stream) = known else {
             self.begin(read);
@@ -80,7 +89,7 @@ impl Readahead {
         if read.end < due {
             return None;
         }
-        stream.window = stream.wider(read.end - read.start, max).clamp(min, max);
+        stream.window = stream.wider(read.end - read.start).clamp(min, max);
         let start = stream.asked_to.max(read.end);
         let end = read.end.saturating_add(stream.window).min(self.extent_count);
         if start >= end {
@@ -109,11 +118,9 @@ impl Stream {
         self.window - self.window / 8
     }
 
-    /// The window after one more read of `extents`. The first steps are the long ones: each waits
-    /// for a registry's first byte, and what is fetched in vain is little.
-    fn wider(&self, extents: u64, max: u64) -> u64 {
-        let factor = if self.window < max / 16 { 4 } else { 2 };
-        if self.window == 0 { extents.saturating_mul(2) } else { self.window * factor }
+    /// The window after one more read of `extents`, if there were no limit.
+    fn wider(&self, extents: u64) -> u64 {
+        if self.window == 0 { extents.saturating_mul(2) } else { self.window * 4 }
     }
 
     /// Whether `read` begins in the extent that was read last, or in front of the end of what was
@@ -139,7 +146,7 @@ mod tests {
         let (mut largest, mut ahead) = (0, 0);
         for extent in reads {
             let is_told = here.insert(extent) || marks.remove(&extent);
-            let plan = is_told.then(|| planner.observe(&(extent..extent + 1))).flatten();
+            let plan = is_told.then(|| planner.observe(&(extent..extent + 1), 0)).flatten();
             let Some(plan) = plan else { continue };
             largest = largest.max(plan.extents.end - extent - 1);
             ahead += plan.extents.clone().filter(|at| here.insert(*at)).count();
@@ -162,7 +169,7 @@ mod tests {
             } else if mark != Some(extent) {
                 continue;
             }
-            if let Some(plan) = planner.observe(&(extent..extent + 1)) {
+            if let Some(plan) = planner.observe(&(extent..extent + 1), 0) {
                 assert_eq!(plan.extents.start, here, "nothing twice, nothing left out");
                 here = plan.extents.end;
                 mark = Some(plan.mark);
@@ -170,8 +177,26 @@ mod tests {
             }
         }
         assert_eq!(misses, 2, "the first two");
-        assert_eq!(plans[..5], [2, 8, 16, 32, 64], "up to 8 MiB");
+        assert_eq!(plans[..4], [2, 8, 32, 64], "up to 8 MiB");
         assert_eq!(here, 1000);
+    }
+
+    #[test]
+    fn who_goes_on_with_half_of_the_blob_here_is_12_mib_ahead() {
+        let mut planner = Readahead::new(1000, EXTENT);
+        let ahead = |planner: &mut Readahead, at: u64, here| {
+            planner.observe(&(at..at + 1), here).map_or(0, |plan| plan.extents.end - at - 1)
+        };
+        let plans: Vec<_> = (0..5).map(|n| ahead(&mut planner, n * n * 4, 499)).collect();
+        assert_eq!(plans, [0, 0, 0, 0, 0], "random");
+        for at in 500..504 {
+            ahead(&mut planner, at, 499);
+        }
+        assert_eq!(ahead(&mut planner, 530, 499), 64);
+        assert_eq!(ahead(&mut planner, 570, 500), 96);
+        assert_eq!(ahead(&mut planner, 950, 900), 0, "a stranger");
+        assert_eq!(ahead(&mut planner, 951, 900), 2);
+        assert_eq!(ahead(&mut planner, 953, 900), 8);
     }
 
     #[test]
@@ -197,7 +222,7 @@ mod tests {
         let mut planner = Readahead::new(100_000, EXTENT);
         assert_eq!(read_all(&mut planner, 0..500).0, 64);
         for n in 1..8_u64 {
-            assert_eq!(planner.observe(&(n * 9999..n * 9999 + 1)), None);
+            assert_eq!(planner.observe(&(n * 9999..n * 9999 + 1), 0), None);
         }
         let widest = planner.streams.iter().map(|stream| stream.window).max();
         assert_eq!(widest, Some(0), "seven strangers halve 64 to nothing");
@@ -206,27 +231,29 @@ mod tests {
     #[test]
     fn the_same_extent_read_again_is_no_progress() {
         let mut planner = Readahead::new(1000, EXTENT);
-        assert_eq!(planner.observe(&(5..6)), None);
+        assert_eq!(planner.observe(&(5..6), 0), None);
         for _ in 0..10 {
-            assert_eq!(planner.observe(&(5..6)), None);
+            assert_eq!(planner.observe(&(5..6), 0), None);
         }
-        assert_eq!(planner.observe(&(6..7)), Some(Ahead { extents: 7..9, mark: 7 }));
+        assert_eq!(planner.observe(&(6..7), 0), Some(Ahead { extents: 7..9, mark: 7 }));
     }
 
     proptest! {
         #[test]
         fn plans_stay_inside_the_blob_behind_the_read_and_within_the_window(
             count in 1_u64..300,
+            here in 0_u64..300,
             reads in prop::collection::vec((0_u64..320, 1_u64..5), 1..80),
         ) {
             let mut planner = Readahead::new(count, EXTENT);
             for (start, len) in reads {
                 let read = start..start + len;
-                if let Some(plan) = planner.observe(&read) {
+                if let Some(plan) = planner.observe(&read, here) {
                     prop_assert!(read.end <= plan.extents.start);
                     prop_assert!(plan.extents.start < plan.extents.end);
                     prop_assert!(plan.extents.end <= count);
-                    prop_assert!(plan.extents.end - read.end <= 64);
+                    let widest = if 2 * here >= count { 96 } else { 64 };
+                    prop_assert!(plan.extents.end - read.end <= widest);
                     prop_assert!((read.end..plan.extents.end).contains(&plan.mark));
                 }
             }

@@ -11,7 +11,7 @@ use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::limits::{
     BLOB_REQUESTS_AT_ONCE_MAX, REGISTRY_PIECE_BYTES_MAX, REGISTRY_PIECES_AT_ONCE_MAX,
 };
-use crate::source::{Fetch, FetchUsage};
+use crate::source::{Fetch, FetchUsage, too_short};
 use crate::units::{to_u64, to_usize};
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use reqwest::{Url, header};
@@ -24,8 +24,17 @@ use tokio::time;
 
 /// A blob in a registry: implements [`Fetch`]. Its calls block, and are for threads that are not an
 /// executor's: there the executor panics, because such a call would stop its other tasks.
+///
+/// A fetch is a task beside those of its connections: on the executor's threads, and not on the one
+/// that waits for it, which else would be woken for each piece of a body that comes in.
 #[derive(Debug)]
 pub struct Blob {
+    parts: Arc<Parts>,
+}
+
+/// What its fetches share.
+#[derive(Debug)]
+struct Parts {
     registry: Arc<Registry>,
     name: String,
     bytes: u64,
@@ -80,7 +89,7 @@ impl Registry {
     ) -> Result<Blob> {
         let place = BlobPlace::parse(repo_blob_url)?;
         let digest = Digest::parse(digest)?;
-        let mut blob = Blob {
+        let mut parts = Parts {
             registry: Arc::clone(self),
             name: format!("{} {digest}", place.origin().host),
             bytes: bytes.unwrap_or(0),
@@ -91,10 +100,10 @@ impl Registry {
             counters: Counters::default(),
         };
         if bytes.is_none() {
-            let asked = self.runtime.block_on(blob.length(deadline));
-            blob.bytes = asked.context(|| format!("ask for the length of {}", blob.name))?;
+            let asked = self.runtime.block_on(parts.length(deadline));
+            parts.bytes = asked.context(|| format!("ask for the length of {}", parts.name))?;
         }
-        Ok(blob)
+        Ok(Blob { parts: Arc::new(parts) })
     }
 
     fn routes(&self, place: &BlobPlace, digest: &Digest) -> Result<Vec<Route>> {
@@ -127,7 +136,7 @@ impl Registry {
     }
 }
 
-impl Blob {
+impl Parts {
     async fn length(&self, deadline: Instant) -> Result<u64> {
         let mut first = [0];
         let piece = Piece { offset_bytes: 0, dst: &mut first, done: 0, total_bytes: None };
@@ -145,10 +154,12 @@ impl Blob {
     ) -> Result<()> {
         let piece_bytes = to_usize(REGISTRY_PIECE_BYTES_MAX).unwrap_or(usize::MAX);
         let starts = (offset_bytes..).step_by(piece_bytes);
-        let pieces = starts.zip(dst.chunks_mut(piece_bytes)).map(|(offset_bytes, dst)| {
-            let total_bytes = Some(self.bytes);
-            self.piece(Piece { offset_bytes, dst, done: 0, total_bytes }, ways, deadline)
-        });
+        // All of them before the first: that they are futures of one lifetime must be seen.
+        let mut pieces = Vec::with_capacity(dst.len().div_ceil(piece_bytes));
+        for (offset_bytes, dst) in starts.zip(dst.chunks_mut(piece_bytes)) {
+            let piece = Piece { offset_bytes, dst, done: 0, total_bytes: Some(self.bytes) };
+            pieces.push(self.piece(piece, ways, deadline));
+        }
         let all = stream::iter(pieces).buffer_unordered(REGISTRY_PIECES_AT_ONCE_MAX);
         all.try_for_each(|_| std::future::ready(Ok(()))).await
     }
@@ -276,7 +287,8 @@ impl Blob {
         Ok(accepted)
     }
 
-    fn fetch_by(
+    /// Fills `dst`, until `deadline` at most or until nobody waits any more.
+    async fn fetch(
         &self,
         ways: Ways,
         offset_bytes: u64,
@@ -294,27 +306,65 @@ impl Blob {
         }
         let canceled = || Error::new(ErrorKind::Canceled, "the reader is going away");
         let mut told = self.canceled.subscribe();
-        self.registry.runtime.block_on(async {
-            tokio::select! {
-                // What was told before counts, too.
-                _ = told.wait_for(|canceled| *canceled) => Err(canceled()),
-                fetched = self.pieces(offset_bytes, dst, ways, deadline) => fetched,
-            }
+        tokio::select! {
+            // What was told before counts, too.
+            _ = told.wait_for(|canceled| *canceled) => Err(canceled()),
+            fetched = self.pieces(offset_bytes, dst, ways, deadline) => fetched,
+        }
+    }
+}
+
+impl Blob {
+    /// Fetches into memory that is the task's as long as it runs.
+    fn fetch_by(
+        &self,
+        ways: Ways,
+        offset_bytes: u64,
+        mut memory: Vec<u8>,
+        length: usize,
+        deadline: Instant,
+    ) -> (Vec<u8>, Result<()>) {
+        let parts = Arc::clone(&self.parts);
+        let fetch = async move {
+            let fetched = match memory.get_mut(..length) {
+                Some(dst) => parts.fetch(ways, offset_bytes, dst, deadline).await,
+                None => Err(too_short(&parts.name, length)),
+            };
+            (memory, fetched)
+        };
+        let runtime = &self.parts.registry.runtime;
+        runtime.block_on(runtime.spawn(fetch)).unwrap_or_else(|error| {
+            let message = format!("bug: a fetch of {} ended: {error}", self.parts.name);
+            (Vec::new(), Err(Error::new(ErrorKind::Io, message)))
         })
+    }
+
+    fn fetch_copied(
+        &self,
+        ways: Ways,
+        offset_bytes: u64,
+        dst: &mut [u8],
+        deadline: Instant,
+    ) -> Result<()> {
+        let memory = vec![0; dst.len()];
+        let (memory, fetched) = self.fetch_by(ways, offset_bytes, memory, dst.len(), deadline);
+        fetched?;
+        dst.copy_from_slice(&memory);
+        Ok(())
     }
 }
 
 impl Fetch for Blob {
     fn name(&self) -> &str {
-        &self.name
+        &self.parts.name
     }
 
     fn bytes(&self) -> u64 {
-        self.bytes
+        self.parts.bytes
     }
 
     fn fetch(&self, offset_bytes: u64, dst: &mut [u8], deadline: Instant) -> Result<()> {
-        self.fetch_by(Ways::All, offset_bytes, dst, deadline)
+        self.fetch_copied(Ways::All, offset_bytes, dst, deadline)
     }
 
     fn fetch_from_origin(
@@ -323,19 +373,30 @@ impl Fetch for Blob {
         dst: &mut [u8],
         deadline: Instant,
     ) -> Result<()> {
-        self.fetch_by(Ways::Own, offset_bytes, dst, deadline)
+        self.fetch_copied(Ways::Own, offset_bytes, dst, deadline)
+    }
+
+    fn fetch_lent(
+        &self,
+        (offset_bytes, from_origin): (u64, bool),
+        memory: Vec<u8>,
+        length: usize,
+        deadline: Instant,
+    ) -> (Vec<u8>, Result<()>) {
+        let ways = if from_origin { Ways::Own } else { Ways::All };
+        self.fetch_by(ways, offset_bytes, memory, length, deadline)
     }
 
     fn usage(&self) -> FetchUsage {
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         FetchUsage {
-            requests: load(&self.counters.requests),
-            retries: load(&self.counters.retries),
-            credential_waits: load(&self.counters.credential_waits),
+            requests: load(&self.parts.counters.requests),
+            retries: load(&self.parts.counters.retries),
+            credential_waits: load(&self.parts.counters.credential_waits),
         }
     }
 
     fn cancel(&self) {
-        self.canceled.send_replace(true);
+        self.parts.canceled.send_replace(true);
     }
 }

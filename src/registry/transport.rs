@@ -17,7 +17,8 @@ use reqwest::{Certificate, Client, ClientBuilder, Identity, Method, Proxy, Url};
 use std::error::Error as _;
 use std::io::Read as _;
 use std::path::Path;
-use std::time::{Duration, Instant, SystemTime};
+use std::pin::Pin;
+use std::time::{Duration, SystemTime};
 use tokio::time;
 
 /// How long an idle connection is kept: shorter than the 60 s after which servers and the networks
@@ -193,8 +194,8 @@ impl Answer {
     }
 
     pub(super) fn body(self) -> Body {
-        let window_end = Instant::now() + self.pace.window;
-        Body { response: self.response, place: self.place, pace: self.pace, window_end, bytes: 0 }
+        let window = Box::pin(time::sleep(self.pace.window));
+        Body { response: self.response, place: self.place, pace: self.pace, window, bytes: 0 }
     }
 
     /// The whole body, if it has at most `bytes_max`.
@@ -223,31 +224,36 @@ pub(super) struct Body {
     response: reqwest::Response,
     place: String,
     pace: Pace,
-    window_end: Instant,
+    /// The end of the window. One clock for all of them: setting it costs more than a piece.
+    window: Pin<Box<time::Sleep>>,
+    /// Bytes that came within it.
     bytes: u64,
 }
 
 impl Body {
     /// The next bytes; `None` at the end.
     pub(super) async fn next(&mut self) -> Result<Option<impl AsRef<[u8]> + use<>>, Fault> {
-        let mut now = Instant::now();
         loop {
-            if now >= self.window_end {
-                if self.bytes < self.pace.window_bytes_min {
-                    let told = format!("{} bytes within {:?}", self.bytes, self.pace.window);
-                    return Err(Fault::slow(format!("{told} from {}", self.place)));
+            tokio::select! {
+                biased;
+                next = self.response.chunk() => {
+                    let next = next.map_err(|error| failed(error, &self.place))?;
+                    self.bytes += next.as_ref().map_or(0, |piece| to_u64(piece.len()));
+                    return Ok(next);
                 }
-                (self.bytes, self.window_end) = (0, now + self.pace.window);
+                () = self.window.as_mut() => self.end_window()?,
             }
-            let Ok(next) = time::timeout_at(self.window_end.into(), self.response.chunk()).await
-            else {
-                now = Instant::now();
-                continue;
-            };
-            let next = next.map_err(|error| failed(error, &self.place))?;
-            self.bytes += next.as_ref().map_or(0, |piece| to_u64(piece.len()));
-            return Ok(next);
         }
+    }
+
+    fn end_window(&mut self) -> Result<(), Fault> {
+        if self.bytes < self.pace.window_bytes_min {
+            let told = format!("{} bytes within {:?}", self.bytes, self.pace.window);
+            return Err(Fault::slow(format!("{told} from {}", self.place)));
+        }
+        self.bytes = 0;
+        self.window.as_mut().reset(time::Instant::now() + self.pace.window);
+        Ok(())
     }
 }
 

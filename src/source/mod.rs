@@ -17,6 +17,7 @@ pub use file::{FileIdentity, is_same_file, open_regular, open_regular_for_writin
 pub use holes::{data_extents, data_extents_of};
 pub use mmap::MappedFile;
 pub use place::Place;
+pub(crate) use remote::too_short;
 pub use remote::{Fetch, FetchUsage, RemoteBlob, RemoteUsage, distinct, usage_of};
 pub use shared_memory::SharedMemory;
 

@@ -3,7 +3,7 @@
 //! `registry` fetches, `cache` keeps what was fetched and is read like a file, and neither knows
 //! the other: both know these two traits, and `image` puts them together.
 
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use std::collections::HashSet;
 use std::fmt;
 use std::ops::Range;
@@ -106,6 +106,12 @@ pub fn distinct(mut blobs: Vec<Arc<dyn RemoteBlob>>) -> Vec<Arc<dyn RemoteBlob>>
     blobs
 }
 
+/// The error for memory that does not hold what is to come into it: a bug of who lent it.
+pub(crate) fn too_short(name: &str, length: usize) -> Error {
+    let message = format!("bug: {length} bytes of {name} do not fit the memory lent for them");
+    Error::new(ErrorKind::OutOfRange, message)
+}
+
 /// Fetches pieces of one blob that lies elsewhere. Keeps nothing.
 pub trait Fetch: Send + Sync + fmt::Debug {
     /// What to call the blob in messages: its host and digest, never a secret.
@@ -134,6 +140,27 @@ pub trait Fetch: Send + Sync + fmt::Debug {
         deadline: Instant,
     ) -> Result<()> {
         self.fetch(offset_bytes, dst, deadline)
+    }
+
+    /// As [`Fetch::fetch`], or [`Fetch::fetch_from_origin`] where `from_origin`, into the first
+    /// `length` bytes of memory that is lent and comes back: whoever fetches on threads of its own
+    /// fills it there, without a copy or a wake-up for each piece of an answer.
+    ///
+    /// # Errors
+    /// As there; the memory comes back all the same.
+    fn fetch_lent(
+        &self,
+        (offset_bytes, from_origin): (u64, bool),
+        mut memory: Vec<u8>,
+        length: usize,
+        deadline: Instant,
+    ) -> (Vec<u8>, Result<()>) {
+        let fetched = match memory.get_mut(..length) {
+            None => Err(too_short(self.name(), length)),
+            Some(dst) if from_origin => self.fetch_from_origin(offset_bytes, dst, deadline),
+            Some(dst) => self.fetch(offset_bytes, dst, deadline),
+        };
+        (memory, fetched)
     }
 
     /// What was asked of the other side so far.
