@@ -233,7 +233,10 @@ fn a_real_registry_is_not_read_without_its_password() {
             let auths = json!({"auths": {&world.registry: {"auth": auth}}});
             fs::write(docker.join("config.json"), auths.to_string()).unwrap();
         }
+        let begun = Instant::now();
         let output = world.run(&docker, &["export", &image, "--io-deadline", "4"]);
+        // That is for finding the image, too, which used to wait for a minute.
+        assert!(begun.elapsed() < Duration::from_secs(40), "{what}: {:?}", begun.elapsed());
         let said = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(7), "{what}: {said}");
         assert!(said.contains(&world.registry), "{what}: {said}");

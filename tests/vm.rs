@@ -1,8 +1,9 @@
 //! The device in a real kernel: prepares images on the host, boots a guest, runs `vm/suite.sh`.
 //!
 //! Needs `tools/vm` to work, so it is ignored by a plain `cargo test`; `tools/test` runs it:
-//! `OBD_UBLK_VM_KERNEL=6.12 cargo test --release --test vm -- --ignored`. `OBD_UBLK_VM_CHECKS`
-//! names single checks, or `smoke`. Release binaries of the crate must exist (feature `tools`).
+//! `OBD_UBLK_VM_KERNEL=6.12 cargo test --test vm -- --ignored`. `OBD_UBLK_VM_CHECKS` names single
+//! checks, or `smoke`; `OBD_UBLK_BIN_DIR` is where the binaries of the crate are, built in release
+//! and with the feature `tools`.
 
 // The helpers of a test may panic as the test itself may.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -132,9 +133,10 @@ fn prepare_fsx(folder: &Path) {
     fs::copy(found, folder.join("fsx")).unwrap();
 }
 
-/// Where cargo put the binaries of this run.
+/// Where the release binaries are, or what cargo built for this test, with the helpers beside it.
 fn binaries() -> PathBuf {
-    Path::new(env!("CARGO_BIN_EXE_obd-ublk")).parent().unwrap().to_owned()
+    let own = || Path::new(env!("CARGO_BIN_EXE_obd-ublk")).parent().unwrap().to_owned();
+    std::env::var_os("OBD_UBLK_BIN_DIR").map_or_else(own, PathBuf::from)
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::config::{ImageConfig, ServiceConfig};
-use crate::image::{load_image_config, load_service_config_with};
+use crate::image::{HostSettings, load_image_config, load_image_config_with};
 use crate::limits::IO_DEADLINE_SECONDS_MAX;
 use crate::server::kernel::HostKernel;
 use crate::server::{RunDir, Status, devices_of_config, parse_id, survey};
@@ -90,8 +90,8 @@ pub(crate) fn pair_in_config(path: &Path, config: &ImageConfig) -> Result<PairPa
 /// How long a read of a layer in a registry may take.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub(crate) struct DeadlineArgs {
-    /// How long a read may take that has to be fetched from a registry; then it fails, with the
-    /// errno that says why [default: 60]
+    /// How long a read may take that has to be fetched from a registry, and finding an image there;
+    /// then it fails, with the errno that says why [default: 60]
     #[arg(long = "io-deadline", value_name = "SECONDS")]
     #[arg(value_parser = clap::value_parser!(u64).range(1..=IO_DEADLINE_SECONDS_MAX))]
     pub(crate) io_deadline: Option<u64>,
@@ -114,7 +114,7 @@ impl HostArgs {
     /// # Errors
     /// What is wrong with their file.
     pub(crate) fn service(&self) -> Result<ServiceConfig> {
-        load_service_config_with(self.service_config.as_deref(), self.deadline.io_deadline)
+        self.settings().load()
     }
 
     /// The image that `config` names, and the settings.
@@ -124,7 +124,15 @@ impl HostArgs {
     pub(crate) fn image(&self, config: &Path) -> Result<(ImageConfig, ServiceConfig)> {
         // What is wrong with the settings would keep a reference from being found.
         let service = self.service()?;
-        Ok((load_image_config(config, self.service_config.as_deref())?, service))
+        Ok((load_image_config_with(config, self.settings())?, service))
+    }
+
+    /// What the command line says of them.
+    pub(crate) fn settings(&self) -> HostSettings<'_> {
+        HostSettings {
+            service_config: self.service_config.as_deref(),
+            io_deadline_seconds: self.deadline.io_deadline,
+        }
     }
 }
 

@@ -5,7 +5,9 @@ use super::output::print_facts;
 use crate::error::{Result, ResultExt};
 use crate::format::config::ImageConfig;
 use crate::format::{lsmt, trace, zfile};
-use crate::image::{Layer, LayerKind, Payload, Scratch, parse_image_config, read_if_config};
+use crate::image::{
+    HostSettings, Layer, LayerKind, Payload, Scratch, parse_image_config, read_if_config,
+};
 use crate::limits::TRACE_BYTES_MAX;
 use crate::source::Source;
 use crate::units::{SECTOR_SIZE, to_u64, to_usize};
@@ -27,7 +29,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let facts = match read_if_config(&args.file, None)? {
+    let facts = match read_if_config(&args.file, HostSettings::default())? {
         Some(text) => config_facts(parse_image_config(&args.file, &text)?).into(),
         None => file_facts(args).context(|| format!("inspect {}", args.file.display()))?,
     };

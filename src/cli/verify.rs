@@ -34,7 +34,7 @@ struct Examined {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let text = read_if_config(&args.path, args.host.service_config.as_deref())?;
+    let text = read_if_config(&args.path, args.host.settings())?;
     let examined = if let Some(text) = text {
         let service = args.host.service()?;
         let config = parse_image_config(&args.path, &text)?;

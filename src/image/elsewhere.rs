@@ -29,8 +29,8 @@ const CACHE_DIR_VARIABLE: &str = "OBD_UBLK_CACHE_DIR";
 /// `HOST` or `HOST:PORT`, several separated by commas, to which `docker://` means plain http.
 const PLAIN_HTTP_VARIABLE: &str = "OBD_UBLK_PLAIN_HTTP";
 
-/// The text of a config for the image that `reference` names. Blocks on the network, for
-/// [`RESOLVE_SECONDS_MAX`] at most.
+/// The text of a config for the image that `reference` names. Blocks on the network, as long as a
+/// read of a layer may and for [`RESOLVE_SECONDS_MAX`] at most.
 ///
 /// # Errors
 /// `NotFound`, `Unauthorized`, `Unavailable` or `Timeout` when it cannot be had, `Integrity` when
@@ -40,7 +40,7 @@ pub(super) fn config_of(reference: &Path, service: &ServiceConfig) -> Result<Vec
     let found = if let Some(layout) = text.strip_prefix(LAYOUT) {
         open_layout(layout, &Platform::ours())
     } else {
-        let deadline = Instant::now() + Duration::from_secs(RESOLVE_SECONDS_MAX);
+        let deadline = Instant::now() + patience(&cache_settings(service));
         let name = text.strip_prefix(DOCKER).unwrap_or(text);
         Registry::new(options(service))
             .and_then(|registry| registry.image(name, &Platform::ours(), deadline))
@@ -76,6 +76,11 @@ pub fn cache_settings(service: &ServiceConfig) -> Settings {
         deadline,
         ..defaults
     }
+}
+
+/// How long one step of finding and opening an image may take.
+fn patience(settings: &Settings) -> Duration {
+    settings.deadline.min(Duration::from_secs(RESOLVE_SECONDS_MAX))
 }
 
 /// What finding the addresses of hosts goes on to need. In a container each of these may be a mount
@@ -170,7 +175,7 @@ impl Elsewhere {
     pub(super) fn new(service: &ServiceConfig) -> Result<Self> {
         let registry = Registry::new(options(service))?;
         let settings = cache_settings(service);
-        let patience = settings.deadline.min(Duration::from_secs(RESOLVE_SECONDS_MAX));
+        let patience = patience(&settings);
         Ok(Self { registry, cache: Cache::open_or_bypass(settings), patience })
     }
 

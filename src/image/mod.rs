@@ -43,8 +43,8 @@ pub use identity::LayerIdentity;
 pub use layer::{Layer, LayerKind};
 pub use live::{LiveImage, LiveWorker};
 pub use open::{
-    check_output, load_image_config, load_service_config, load_service_config_with, open_each,
-    parse_image_config, read_config, read_if_config,
+    HostSettings, check_output, load_image_config, load_image_config_with, load_service_config,
+    open_each, parse_image_config, read_config, read_if_config,
 };
 pub use parcel::Parcel;
 pub use payload::{Payload, Wrapping, ZfilePart};
@@ -102,7 +102,8 @@ impl Image {
     /// # Errors
     /// Located: which layer, which file, what is wrong with it.
     pub fn open_config(config: &Path, service_config: Option<&Path>) -> Result<Self> {
-        let text = read_config_or_layer(config, service_config)?;
+        let host = HostSettings { service_config, ..HostSettings::default() };
+        let text = read_config_or_layer(config, host)?;
         Self::open_bytes(config, &text, service_config)
     }
 

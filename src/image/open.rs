@@ -28,7 +28,15 @@ const JSON_PROBE_BYTES: u64 = 256;
 /// # Errors
 /// As [`read_config_or_layer`] and [`parse_image_config`].
 pub fn load_image_config(path: &Path, service_config: Option<&Path>) -> Result<ImageConfig> {
-    parse_image_config(path, &read_config_or_layer(path, service_config)?)
+    load_image_config_with(path, HostSettings { service_config, io_deadline_seconds: None })
+}
+
+/// As [`load_image_config`], by the settings of a host and of this call.
+///
+/// # Errors
+/// As there.
+pub fn load_image_config_with(path: &Path, host: HostSettings<'_>) -> Result<ImageConfig> {
+    parse_image_config(path, &read_config_or_layer(path, host)?)
 }
 
 /// Parses a `config.v1.json` that was read from `path`.
@@ -56,16 +64,25 @@ pub fn load_service_config(path: Option<&Path>) -> Result<ServiceConfig> {
     ServiceConfig::parse(&bytes).context(|| format!("parse {shown}"))
 }
 
-/// As [`load_service_config`], with how long a read of a layer in a registry may take, if the
-/// caller says so.
-///
-/// # Errors
-/// As there.
-pub fn load_service_config_with(
-    path: Option<&Path>,
-    io_deadline_seconds: Option<u64>,
-) -> Result<ServiceConfig> {
-    Ok(ServiceConfig { io_deadline_seconds, ..load_service_config(path)? })
+/// By which settings images are found and read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HostSettings<'a> {
+    /// The `overlaybd.json`; without one, that at the default place, which may be absent.
+    pub service_config: Option<&'a Path>,
+    /// How long a read of a layer in a registry may take, and finding an image there, if not the
+    /// default.
+    pub io_deadline_seconds: Option<u64>,
+}
+
+impl HostSettings<'_> {
+    /// Reads the file. The deadline is part of what comes back.
+    ///
+    /// # Errors
+    /// As [`load_service_config`].
+    pub fn load(self) -> Result<ServiceConfig> {
+        let config = load_service_config(self.service_config)?;
+        Ok(ServiceConfig { io_deadline_seconds: self.io_deadline_seconds, ..config })
+    }
 }
 
 /// The text of a config file.
@@ -78,12 +95,12 @@ pub fn read_config(path: &Path) -> Result<Vec<u8>> {
 }
 
 #[cfg(feature = "registry")]
-fn config_of(reference: &Path, service_config: Option<&Path>) -> Result<Vec<u8>> {
-    super::elsewhere::config_of(reference, &load_service_config(service_config)?)
+fn config_of(reference: &Path, host: HostSettings<'_>) -> Result<Vec<u8>> {
+    super::elsewhere::config_of(reference, &host.load()?)
 }
 
 #[cfg(not(feature = "registry"))]
-fn config_of(reference: &Path, _service_config: Option<&Path>) -> Result<Vec<u8>> {
+fn config_of(reference: &Path, _host: HostSettings<'_>) -> Result<Vec<u8>> {
     let message = format!("{}: this program was built without registries", reference.display());
     Err(Error::new(ErrorKind::Unsupported, message))
 }
@@ -93,9 +110,9 @@ fn config_of(reference: &Path, _service_config: Option<&Path>) -> Result<Vec<u8>
 ///
 /// # Errors
 /// As [`read_config`].
-pub fn read_if_config(path: &Path, service_config: Option<&Path>) -> Result<Option<Vec<u8>>> {
+pub fn read_if_config(path: &Path, host: HostSettings<'_>) -> Result<Option<Vec<u8>>> {
     if is_reference(path) {
-        return config_of(path, service_config).map(Some);
+        return config_of(path, host).map(Some);
     }
     let file = open_regular(path)?;
     let mut head = Vec::new();
@@ -298,7 +315,7 @@ mod tests {
         let path = folder.path().join("file");
         let read = |content: &[u8]| {
             std::fs::write(&path, content).unwrap();
-            read_if_config(&path, None)
+            read_if_config(&path, HostSettings::default())
         };
         let long = [b" \n\t{".as_slice(), &[b'x'; 1000]].concat();
         for config in [b"{".as_slice(), b"  {}", &long] {

@@ -3,7 +3,7 @@
 //! People who look at one layer should not have to write a config for it. Everything behind this
 //! (recovery, the state file, `check_output`) sees a config as any other, with an absolute path.
 
-use super::open::read_if_config;
+use super::open::{HostSettings, read_if_config};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{lsmt, tar, zfile};
 use crate::source::Source;
@@ -29,8 +29,8 @@ pub fn is_reference(path: &Path) -> bool {
 /// # Errors
 /// As [`read_if_config`]; `InvalidFormat` for what is neither; `InvalidConfig` for a layer whose
 /// path is no UTF-8: no config can name it.
-pub fn read_config_or_layer(path: &Path, service_config: Option<&Path>) -> Result<Vec<u8>> {
-    if let Some(text) = read_if_config(path, service_config)? {
+pub fn read_config_or_layer(path: &Path, host: HostSettings<'_>) -> Result<Vec<u8>> {
+    if let Some(text) = read_if_config(path, host)? {
         return Ok(text);
     }
     if !looks_like_layer(path)? {
@@ -71,6 +71,8 @@ mod tests {
     use super::*;
     use crate::format::config::ImageConfig;
 
+    const HOST: HostSettings<'_> = HostSettings { service_config: None, io_deadline_seconds: None };
+
     fn ustar() -> Vec<u8> {
         let mut block = vec![0_u8; 512];
         block[..1].copy_from_slice(b"a");
@@ -101,7 +103,7 @@ mod tests {
         ] {
             let path = folder.path().join(name);
             std::fs::write(&path, content).unwrap();
-            match (read_config_or_layer(&path, None), kind) {
+            match (read_config_or_layer(&path, HOST), kind) {
                 (Ok(text), None) => {
                     let config = ImageConfig::parse(&text).unwrap();
                     assert_eq!(config.lowers.len(), 1, "{name}");
@@ -122,10 +124,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("c");
         std::fs::write(&path, " \n{\"lowers\":7").unwrap();
-        assert_eq!(read_config_or_layer(&path, None).unwrap(), b" \n{\"lowers\":7");
-        let error = read_config_or_layer(&folder.path().join("none"), None).unwrap_err();
+        assert_eq!(read_config_or_layer(&path, HOST).unwrap(), b" \n{\"lowers\":7");
+        let error = read_config_or_layer(&folder.path().join("none"), HOST).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NotFound);
-        let error = read_config_or_layer(folder.path(), None).unwrap_err();
+        let error = read_config_or_layer(folder.path(), HOST).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidFormat);
     }
 
@@ -135,7 +137,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(std::ffi::OsStr::from_bytes(b"\xff"));
         std::fs::write(&path, lsmt::write_sealed(&[], &[], 4096)).unwrap();
-        let error = read_config_or_layer(&path, None).unwrap_err();
+        let error = read_config_or_layer(&path, HOST).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidConfig);
     }
 }

@@ -73,6 +73,10 @@ impl OutputFile {
         unnamed: impl FnOnce(&Path, &OsStr) -> Option<Unnamed>,
     ) -> Result<Self> {
         let failed = |error: &IoError| Error::io(format!("write {}", target.display()), error);
+        if target.as_os_str() == "-" {
+            let message = "-: standard output cannot be replaced as a whole: name a file, or ./-";
+            return Err(Error::new(ErrorKind::Unsupported, message));
+        }
         if is_open_file(target) {
             let message = format!(
                 "{} is an open file and cannot be replaced: tell the name of the file itself",
@@ -362,6 +366,9 @@ mod tests {
             assert!(error.to_string().contains("an open file"), "{error}");
         }
         assert!(link.is_symlink());
+        let error = OutputFile::create(Path::new("-")).map(drop).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+        assert!(!Path::new("-").exists());
         // A pipe or a device behind such a name is written as it is.
         let null = File::options().write(true).open("/dev/null").unwrap();
         let target = PathBuf::from(format!("/proc/self/fd/{}", null.as_raw_fd()));

@@ -4,7 +4,7 @@ use super::config_view;
 use super::served_disk::{make_pair, pair_paths};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::format::config::ImageConfig;
-use crate::image::{Image, read_config_or_layer};
+use crate::image::{HostSettings, Image, read_config_or_layer};
 use crate::upper::{self, Form};
 use std::io::Write;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
@@ -35,7 +35,7 @@ pub fn create_disk(
         None => (br#"{"repoBlobUrl":"","lowers":[]}"#.to_vec(), 0),
         Some(base) => {
             let base = current.join(base);
-            let text = read_config_or_layer(&base, None)?;
+            let text = read_config_or_layer(&base, HostSettings::default())?;
             let bytes = Image::open_bytes(&base, &text, None)?.virtual_bytes();
             (text, bytes)
         }

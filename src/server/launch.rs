@@ -20,7 +20,7 @@ use super::survey::Manner;
 use super::systemd::{self, Owner, wait};
 use super::{signals, survey, wire};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{is_reference, parse_image_config};
+use crate::image::{HostSettings, is_reference, parse_image_config};
 use crate::limits::{
     ATTACH_SECONDS_MAX, DETACH_SECONDS_DEFAULT, LAST_WORDS_BYTES_MAX, READY_LINE_BYTES_MAX,
 };
@@ -185,9 +185,12 @@ fn serve<H: Housing>(
 /// The config and the order with absolute paths, for a server that may have another folder.
 fn prepare(options: &AttachOptions) -> Result<(Prepared, Order)> {
     let order = &options.order;
-    let service_config = order.service_config.as_deref();
+    let host = HostSettings {
+        service_config: order.service_config.as_deref(),
+        io_deadline_seconds: order.io_deadline_s,
+    };
     let upper = order.upper.as_ref().map(|upper| upper.folder.as_path());
-    let prepared = prepare::prepare(&order.config, service_config, options.read_only, upper)?;
+    let prepared = prepare::prepare(&order.config, host, options.read_only, upper)?;
     let (config, service_config) = (prepared.config.clone(), prepared.service_config.clone());
     let upper = order.upper.as_ref().zip(prepared.upper.clone());
     let upper = upper.map(|(wish, folder)| UpperWish { folder, ..wish.clone() });

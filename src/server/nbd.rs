@@ -10,7 +10,7 @@ use super::serve::check_not_told_to_stop;
 use super::served_disk::{How, ServedDisk, Upper};
 use super::signals;
 use crate::error::{Error, Result};
-use crate::image::Background;
+use crate::image::{Background, HostSettings};
 use crate::nbd::{self, Server};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -54,8 +54,11 @@ pub fn serve_nbd(
     announce: impl FnOnce(&NbdServing) -> Result<()>,
 ) -> Result<()> {
     signals::block()?;
-    let service_config = options.service_config.as_deref();
-    let prepared = prepare(&options.config, service_config, options.read_only, None)?;
+    let host = HostSettings {
+        service_config: options.service_config.as_deref(),
+        io_deadline_seconds: options.io_deadline_s,
+    };
+    let prepared = prepare(&options.config, host, options.read_only, None)?;
     let how = How {
         read_only: prepared.read_only,
         make_upper: false,

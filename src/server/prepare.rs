@@ -7,7 +7,7 @@ use super::config_view::{self, ConfigView};
 use super::result_file::ResultFile;
 use crate::error::{Error, Result, ResultExt};
 use crate::format::config::ImageConfig;
-use crate::image::{check_output, is_reference, read_config_or_layer};
+use crate::image::{HostSettings, check_output, is_reference, read_config_or_layer};
 use std::path::{Path, PathBuf};
 
 /// A config that can be served as asked.
@@ -37,7 +37,7 @@ pub(super) struct Prepared {
 /// As [`read_config_or_layer`]; `InvalidConfig`; `Usage` for an upper on top of another.
 pub(super) fn prepare(
     config: &Path,
-    service_config: Option<&Path>,
+    host: HostSettings<'_>,
     read_only: bool,
     upper: Option<&Path>,
 ) -> Result<Prepared> {
@@ -45,9 +45,10 @@ pub(super) fn prepare(
         std::env::current_dir().map_err(|error| Error::io("find out where I am", &error))?;
     // A reference is no path, though it is told like one.
     let config = if is_reference(config) { config.to_owned() } else { folder.join(config) };
-    let service_config = service_config.map(|path| folder.join(path));
+    let service_config = host.service_config.map(|path| folder.join(path));
     let upper = upper.map(|path| folder.join(path));
-    let bytes = read_config_or_layer(&config, service_config.as_deref())?;
+    let host = HostSettings { service_config: service_config.as_deref(), ..host };
+    let bytes = read_config_or_layer(&config, host)?;
     let result_file = config_view::result_file(&bytes, &folder);
     // A config that is wrong otherwise still gets its result file.
     if let (Some(path), Ok(parsed)) = (&result_file, ImageConfig::parse(&bytes)) {

@@ -13,8 +13,8 @@ use crate::disk::{Disk, Geometry, Space, Worker};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::format::config::{ImageConfig, ServiceConfig};
 use crate::image::{
-    Background, Image, LiveImage, LiveWorker, Reader, SparseImage, SparseImageWorker, Stack,
-    UpperChoice, WritableImage, load_service_config_with, parse_image_config,
+    Background, HostSettings, Image, LiveImage, LiveWorker, Reader, SparseImage, SparseImageWorker,
+    Stack, UpperChoice, WritableImage, parse_image_config,
 };
 use crate::source::{Place, RemoteUsage};
 use crate::upper::{self, Form, Pair, PairOptions, PairPaths, SparseUpper, Usage};
@@ -140,19 +140,20 @@ impl ServedDisk {
     ) -> Result<Self> {
         let mut parsed =
             ImageConfig::parse(text).context(|| format!("parse {}", config.display()))?;
+        let host = HostSettings { service_config, io_deadline_seconds: how.io_deadline_s };
         let Some(paths) = pair_paths(&parsed).filter(|_| !how.read_only) else {
             if how.quota_bytes.is_some() {
                 let message = "a quota is for an upper that is written, and there is none";
                 return Err(Error::new(ErrorKind::Usage, message));
             }
-            let service = load_service_config_with(service_config, how.io_deadline_s)?;
+            let service = host.load()?;
             let image = Image::open_text(config, text, &service)?;
             image.begin_background(&parsed, &service);
             return Ok(Self::ReadOnly(image));
         };
         parsed.upper = None;
         let begin = Image::begin_background;
-        let lowers = open_lowers(&parsed, service_config, how.io_deadline_s, begin)?;
+        let lowers = open_lowers(&parsed, host, begin)?;
         if !paths.data.exists() {
             // Of a snapshot that was interrupted: not to be met by a new pair.
             check_still_a_pair(&paths)?;
@@ -262,14 +263,13 @@ pub(super) fn pair_paths(config: &ImageConfig) -> Option<PairPaths> {
 /// The layers of a config without an upper, merged; `None` when there are none.
 fn open_lowers(
     config: &ImageConfig,
-    service_config: Option<&Path>,
-    io_deadline_s: Option<u64>,
+    host: HostSettings<'_>,
     begin: fn(&Image, &ImageConfig, &ServiceConfig),
 ) -> Result<Option<Image>> {
     if config.stack_lowers().is_empty() {
         return Ok(None);
     }
-    let service = load_service_config_with(service_config, io_deadline_s)?;
+    let service = host.load()?;
     let image = Stack::open(config, &service)?.into_image()?;
     begin(&image, config, &service);
     Ok(Some(image))
@@ -444,10 +444,13 @@ impl Ready {
     /// When neither leads to the files that were attached.
     pub(super) fn of(mut files: ParcelFiles, state: &State) -> Result<(Self, bool)> {
         let text = serde_json::to_vec(&state.config_content).unwrap_or_default();
-        let service = state.service_config.as_deref();
+        let host = HostSettings {
+            service_config: state.service_config.as_deref(),
+            io_deadline_seconds: state.io_deadline_s,
+        };
         let Some((upper, paths)) = upper_of(state)? else {
             let anew = || {
-                let service = load_service_config_with(service, state.io_deadline_s)?;
+                let service = host.load()?;
                 let config = parse_image_config(&state.config, &text)?;
                 let config = as_attached(config, &state.layers);
                 let image = Stack::open(&config, &service)?.into_image()?;
@@ -472,7 +475,7 @@ impl Ready {
         let anew = || {
             let gone = || Error::new(ErrorKind::NotFound, "the config has no layers any more");
             let begin = Image::continue_background;
-            open_lowers(&config, service, state.io_deadline_s, begin)?.ok_or_else(gone)
+            open_lowers(&config, host, begin)?.ok_or_else(gone)
         };
         let (lowers, from_parcel) = unpack_or(files, state, anew)?;
         continue_recording(&lowers, &config);
