@@ -160,6 +160,7 @@ fn the_device_is_right_in_a_real_kernel() {
     let status = Command::new(root.join("tools/vm"))
         .env("OBD_UBLK_BIN_DIR", binaries())
         .args(["--env", "OBD_UBLK_KILLS", "--env", "OBD_UBLK_FEW"])
+        .args(["--env", "OBD_UBLK_ELSEWHERE"])
         .args(["--kernel", &kernel, "--timeout", "2400"])
         .arg("--share")
         .arg(shared.path())

@@ -34,6 +34,17 @@ repeat() {
     fi
 }
 
+# Those that the guest beside this one runs must be checks, or nobody would run them.
+know_elsewhere() {
+    local name
+    for name in ${OBD_UBLK_ELSEWHERE-}; do
+        declare -F "$name" >/dev/null || {
+            echo "FAIL $name: no such check, said to run in the other guest"
+            failures=$((failures + 1))
+        }
+    done
+}
+
 # A check runs in a subshell with `set -e`, its output kept for the case that it fails.
 check() {
     local name=$1 start=$SECONDS
@@ -41,6 +52,7 @@ check() {
     if [ ${#wanted[@]} -gt 0 ] && ! [[ " ${wanted[*]} " = *" $name "* ]]; then
         return
     fi
+    [[ " ${OBD_UBLK_ELSEWHERE-} " != *" $name "* ]] || return
     # Not as the condition of an `if`: there `set -e` would mean nothing.
     (set -e; "$name") 3>/tmp/check.facts >/tmp/check.log 2>&1
     local status=$?
@@ -407,6 +419,7 @@ wrong_options_are_refused_and_leave_nothing() {
 . "$(dirname "$0")/systemd.sh"
 
 wanted=("$@")
+know_elsewhere
 smoke=(doctor_says_that_attach_works_here every_golden_image_reads_as_its_export
     a_device_claims_no_volatile_cache_and_no_discard ext4_stacks_mount_and_their_files_are_right
     the_caller_gets_one_line_and_is_not_held parallel_readers_meet_no_error
