@@ -250,7 +250,8 @@ fn ours(server: &Server, work: impl FnOnce(&dyn Fn(u64, &mut [u8]), u64)) -> Cos
     let settings = Settings { folder: folder.path().join("cache"), ..Settings::default() };
     // Once for a process and all its blobs: its trust in certificates takes milliseconds to read.
     let registry = Registry::new(Options::default()).unwrap();
-    Cost::of(|| {
+    let mut kept = None;
+    let cost = Cost::of(|| {
         let cache = Cache::open(settings).unwrap();
         let place = format!("http://{}/v2/a/blobs", server.address);
         let deadline = Instant::now() + Duration::from_secs(60);
@@ -265,7 +266,16 @@ fn ours(server: &Server, work: impl FnOnce(&dyn Fn(u64, &mut [u8]), u64)) -> Cos
         let read =
             |sector: u64, buffer: &mut [u8]| worker.borrow_mut().read(sector, buffer).unwrap();
         work(&read, image.virtual_bytes());
-    })
+        kept = Some((cache, blob));
+    });
+    // The background takes the sum of a complete blob, which must not cost the bare client's time.
+    if let Some((_cache, blob)) = kept.filter(|(_, blob)| blob.is_complete()) {
+        let end = Instant::now() + Duration::from_secs(60);
+        while blob.usage().whole_blobs == 0 && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+    cost
 }
 
 fn read_all(read: &dyn Fn(u64, &mut [u8]), bytes: u64) {
