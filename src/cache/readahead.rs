@@ -8,8 +8,8 @@
 //! of the blob is here, who goes on reading is likely to want the rest, and the window is as wide
 //! as requests are left for ([`CACHE_AHEAD_REST_BYTES_MAX`]).
 //!
-//! A stream asks to be told when the reader comes to its mark, seven eighths of a window in front
-//! of the end of what was asked for, so that hits between two marks cost nothing.
+//! A stream asks to be told when the reader comes to its mark, almost a window in front of the end
+//! of what was asked for, so that hits between two marks cost nothing.
 
 use crate::limits::{
     CACHE_AHEAD_BYTES_MAX, CACHE_AHEAD_BYTES_MIN, CACHE_AHEAD_REST_BYTES_MAX, CACHE_STREAMS_MAX,
@@ -85,7 +85,8 @@ impl Readahead {
             return None;
         }
         stream.next = read.end;
-        let due = stream.asked_to.saturating_sub(stream.reserve());
+        let step_max = self.window_max / 8;
+        let due = stream.asked_to.saturating_sub(stream.reserve(step_max));
         if read.end < due {
             return None;
         }
@@ -96,7 +97,7 @@ impl Readahead {
             return None;
         }
         stream.asked_to = end;
-        let mark = end.saturating_sub(stream.reserve() + 1).clamp(read.end, end - 1);
+        let mark = end.saturating_sub(stream.reserve(step_max) + 1).clamp(read.end, end - 1);
         Some(Ahead { extents: start..end, mark })
     }
 
@@ -112,10 +113,11 @@ impl Readahead {
 }
 
 impl Stream {
-    /// How much there must be ahead: below it, more is asked for. Seven eighths of the window: the
-    /// last one is a whole request where the window is widest, and the others are under way.
-    fn reserve(&self) -> u64 {
-        self.window - self.window / 8
+    /// How much there must be ahead: below it, more is asked for. What is missing of the window
+    /// then is an eighth of it, `step_max` at most: one request where the window is wide, while
+    /// the others are under way.
+    fn reserve(&self, step_max: u64) -> u64 {
+        self.window - (self.window / 8).min(step_max)
     }
 
     /// The window after one more read of `extents`, if there were no limit.

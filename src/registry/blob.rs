@@ -6,6 +6,7 @@ use super::digest::Digest;
 use super::fault::Fault;
 use super::range::{self, Accepted, Asked, Refusal};
 use super::route::Route;
+use super::runtime::{self, Lost};
 use super::tries::Tries;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::limits::{
@@ -23,7 +24,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time;
 
 /// A blob in a registry: implements [`Fetch`]. Its calls block, and are for threads that are not an
-/// executor's: there the executor panics, because such a call would stop its other tasks.
+/// executor's, whose other tasks they would stop.
 ///
 /// A fetch is a task beside those of its connections: on the executor's threads, and not on the one
 /// that waits for it, which else would be woken for each piece of a body that comes in.
@@ -332,10 +333,12 @@ impl Blob {
             };
             (memory, fetched)
         };
-        let runtime = &self.parts.registry.runtime;
-        runtime.block_on(runtime.spawn(fetch)).unwrap_or_else(|error| {
-            let message = format!("bug: a fetch of {} ended: {error}", self.parts.name);
-            (Vec::new(), Err(Error::new(ErrorKind::Io, message)))
+        runtime::run(&self.parts.registry.runtime, deadline, fetch).unwrap_or_else(|lost| {
+            let (kind, why) = match lost {
+                Lost::Late => (ErrorKind::Timeout, "its executor hangs"),
+                Lost::Died => (ErrorKind::Io, "bug: it panicked"),
+            };
+            (Vec::new(), Err(Error::new(kind, format!("fetch {}: {why}", self.parts.name))))
         })
     }
 

@@ -231,13 +231,12 @@ async fn run_program(
 ) -> Result<Option<Credential>, Fault> {
     let failed = |why: String| Fault::unauthorized(format!("{program}: {why}"));
     let run = async {
-        let mut child = Command::new(program)
-            .arg("get")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .kill_on_drop(true)
-            .spawn()?;
+        let mut command = Command::new(program);
+        command.arg("get").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        command.kill_on_drop(true);
+        // Blocks until the program is loaded, from a disk that may hang or be served by us.
+        let spawned = tokio::task::spawn_blocking(move || command.spawn());
+        let mut child = spawned.await.map_err(io::Error::other)??;
         if let Some(mut stdin) = child.stdin.take() {
             // A helper that reads nothing has its reasons, which its status tells.
             let _ = stdin.write_all(server.as_bytes()).await;

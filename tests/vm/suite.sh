@@ -39,7 +39,7 @@ know_elsewhere() {
     local name
     for name in ${OBD_UBLK_ELSEWHERE-}; do
         declare -F "$name" >/dev/null || {
-            echo "FAIL $name: no such check, said to run in the other guest"
+            echo "FAIL $name: no such check, said to run in the other guest" | tee -a /tmp/failed
             failures=$((failures + 1))
         }
     done
