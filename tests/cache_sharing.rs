@@ -17,7 +17,7 @@ use std::fmt;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -367,5 +367,57 @@ fn memory_that_was_lent_and_did_not_come_back_is_an_error_and_no_bytes() {
         assert_eq!(cached.here_bytes(), 0);
         let whole = cache.blob(&blob.digest, Arc::clone(&blob) as Arc<dyn Fetch>).unwrap();
         check_read(&whole, &blob, 0, 4 * EXTENT);
+    }
+}
+
+/// A disk that stores so many times and then no more.
+#[derive(Debug)]
+struct Tiring(AtomicUsize);
+
+impl DiskFaults for Tiring {
+    fn before(&self, step: DiskStep) -> io::Result<()> {
+        let rest = |left: usize| left.checked_sub(1);
+        let counter = Ordering::Relaxed;
+        match step {
+            DiskStep::WriteData if self.0.fetch_update(counter, counter, rest).is_err() => {
+                Err(io::Error::from_raw_os_error(28))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A read takes what is fetched for it while it is at hand: of one flight, and only its own bytes.
+#[test]
+fn a_read_of_several_runs_gets_each_from_where_it_is() {
+    let blob = Blob::new(59, 16 * EXTENT, EXTENT);
+    let as_fetch = || Arc::clone(&blob) as Arc<dyn Fetch>;
+    for stores in [usize::MAX, 2, 1, 0] {
+        let folder = tempfile::tempdir().unwrap();
+        let tiring: Arc<dyn DiskFaults> = Arc::new(Tiring(stores.into()));
+        let settings =
+            obd_ublk::cache::Settings { faults: Some(tiring), ..quiet(folder.path(), 4096) };
+        let reading = Cache::open(settings).unwrap();
+        let reading = reading.blob(&blob.digest, as_fetch()).unwrap();
+        // Another process has some in the middle, which this one has not seen.
+        let other = open(folder.path(), 4096);
+        let other = other.blob(&blob.digest, as_fetch()).unwrap();
+        check_read(&other, &blob, 3 * EXTENT, 2 * EXTENT);
+        check_read(&other, &blob, 9 * EXTENT, EXTENT);
+        let before = blob.times();
+        check_read(&reading, &blob, EXTENT + 100, 11 * EXTENT + 7);
+        let after = blob.times();
+        let times = (0..16).map(|extent| after[extent] - before[extent]);
+        let missing = (0..16).map(|extent| match extent {
+            1 | 2 | 5..=8 | 10..=12 => 1,
+            _ => 0,
+        });
+        // Where it cannot be kept, what is wanted is fetched again as a whole.
+        assert!(stores < 3 || times.eq(missing), "{stores}: {after:?} after {before:?}");
+        for (at, length) in
+            [(0, 1), (EXTENT - 1, 2), (5 * EXTENT + 9, 4 * EXTENT), (0, 16 * EXTENT)]
+        {
+            check_read(&reading, &blob, at, length);
+        }
     }
 }
