@@ -125,7 +125,7 @@ pub trait Fetch: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// `OutOfRange` beyond the end; else why the bytes could not be had, by the kinds of
-    /// [`ErrorKind`](crate::error::ErrorKind). The content of `dst` is unspecified then.
+    /// [`ErrorKind`]. The content of `dst` is unspecified then.
     fn fetch(&self, offset_bytes: u64, dst: &mut [u8], deadline: Instant) -> Result<()>;
 
     /// As [`Fetch::fetch`], from the blob's origin itself and past all others that may have it: for
