@@ -53,8 +53,7 @@ struct Tally {
     counts: [AtomicU64; TALLIED.len()],
 }
 
-const TALLIED: [&str; 8] =
-    ["reads", "wrong", "late", "failed", "requests", "fetches", "quarantined", "hits"];
+const TALLIED: [&str; 6] = ["reads", "wrong", "late", "failed", "quarantined", "hits"];
 
 impl Tally {
     fn of(&self, name: &str) -> &AtomicU64 {
@@ -124,7 +123,6 @@ fn reader(arguments: &[String]) {
             for _ in 0..THREADS {
                 let (cached, truth, tally, file) = (&cached, &truth, &tally, &file);
                 let mut random = Random(random.next() | 1);
-                let requests = || registry.counts().requests;
                 scope.spawn(move || {
                     for _ in 0..READS {
                         let at = random.index(BLOB_BYTES - 1);
@@ -132,14 +130,12 @@ fn reader(arguments: &[String]) {
                         let mut expected = vec![0; length];
                         truth.read_exact_at(&mut expected, u64::try_from(at).unwrap()).unwrap();
                         read_one(cached, at, &expected, tally);
-                        tally.of("requests").store(requests(), Ordering::Relaxed);
                         tally.write(file);
                     }
                 });
             }
         });
         let stats = cached.stats();
-        tally.add("fetches", stats.fetches + stats.fetch_failures);
         tally.add("quarantined", stats.quarantined);
         tally.add("hits", stats.hits);
         tally.write(&file);

@@ -302,7 +302,7 @@ impl Filler<'_> {
         // Who took the memory must have brought it back: what is stored is what is in it.
         let fetched = fetched.and_then(|()| match to_u64(buffer.len()) == length {
             true => Ok(()),
-            false => Err(too_short(self.fetch.name(), buffer.len())),
+            false => Err(too_short(self.fetch.name(), to_usize(length).unwrap_or(0))),
         });
         if let Err(error) = fetched {
             count(&self.counters.fetch_failures, 1);

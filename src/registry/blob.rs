@@ -316,41 +316,9 @@ impl Parts {
 }
 
 impl Blob {
-    /// Fetches into memory that is the task's as long as it runs.
-    fn fetch_by(
-        &self,
-        ways: Ways,
-        offset_bytes: u64,
-        mut memory: Vec<u8>,
-        length: usize,
-        deadline: Instant,
-    ) -> (Vec<u8>, Result<()>) {
-        let parts = Arc::clone(&self.parts);
-        let fetch = async move {
-            let fetched = match memory.get_mut(..length) {
-                Some(dst) => parts.fetch(ways, offset_bytes, dst, deadline).await,
-                None => Err(too_short(&parts.name, length)),
-            };
-            (memory, fetched)
-        };
-        runtime::run(&self.parts.registry.runtime, deadline, fetch).unwrap_or_else(|lost| {
-            let (kind, why) = match lost {
-                Lost::Late => (ErrorKind::Timeout, "its executor hangs"),
-                Lost::Died => (ErrorKind::Io, "bug: it panicked"),
-            };
-            (Vec::new(), Err(Error::new(kind, format!("fetch {}: {why}", self.parts.name))))
-        })
-    }
-
-    fn fetch_copied(
-        &self,
-        ways: Ways,
-        offset_bytes: u64,
-        dst: &mut [u8],
-        deadline: Instant,
-    ) -> Result<()> {
-        let memory = vec![0; dst.len()];
-        let (memory, fetched) = self.fetch_by(ways, offset_bytes, memory, dst.len(), deadline);
+    /// Fetches into memory of its own, for callers that lend none.
+    fn fetch_copied(&self, what: (u64, bool), dst: &mut [u8], deadline: Instant) -> Result<()> {
+        let (memory, fetched) = self.fetch_lent(what, vec![0; dst.len()], dst.len(), deadline);
         fetched?;
         dst.copy_from_slice(&memory);
         Ok(())
@@ -367,7 +335,7 @@ impl Fetch for Blob {
     }
 
     fn fetch(&self, offset_bytes: u64, dst: &mut [u8], deadline: Instant) -> Result<()> {
-        self.fetch_copied(Ways::All, offset_bytes, dst, deadline)
+        self.fetch_copied((offset_bytes, false), dst, deadline)
     }
 
     fn fetch_from_origin(
@@ -376,18 +344,33 @@ impl Fetch for Blob {
         dst: &mut [u8],
         deadline: Instant,
     ) -> Result<()> {
-        self.fetch_copied(Ways::Own, offset_bytes, dst, deadline)
+        self.fetch_copied((offset_bytes, true), dst, deadline)
     }
 
     fn fetch_lent(
         &self,
         (offset_bytes, from_origin): (u64, bool),
-        memory: Vec<u8>,
+        mut memory: Vec<u8>,
         length: usize,
         deadline: Instant,
     ) -> (Vec<u8>, Result<()>) {
         let ways = if from_origin { Ways::Own } else { Ways::All };
-        self.fetch_by(ways, offset_bytes, memory, length, deadline)
+        let parts = Arc::clone(&self.parts);
+        // The memory is the task's as long as it runs.
+        let fetch = async move {
+            let fetched = match memory.get_mut(..length) {
+                Some(dst) => parts.fetch(ways, offset_bytes, dst, deadline).await,
+                None => Err(too_short(&parts.name, length)),
+            };
+            (memory, fetched)
+        };
+        runtime::run(&self.parts.registry.runtime, deadline, fetch).unwrap_or_else(|lost| {
+            let (kind, why) = match lost {
+                Lost::Late => (ErrorKind::Timeout, "its executor hangs"),
+                Lost::Died => (ErrorKind::Io, "bug: it panicked"),
+            };
+            (Vec::new(), Err(Error::new(kind, format!("fetch {}: {why}", self.parts.name))))
+        })
     }
 
     fn usage(&self) -> FetchUsage {

@@ -41,7 +41,8 @@ pub(super) fn handle() -> crate::error::Result<Handle> {
     Ok(runtime.insert(started).handle().clone())
 }
 
-/// How long after its deadline work that ends there by itself is still waited for.
+/// How long after its deadline work that ends there by itself is still waited for: its own error
+/// tells more, and on a busy machine a timer is late.
 const GRACE: Duration = Duration::from_secs(2);
 
 /// What became of work instead of its result.
