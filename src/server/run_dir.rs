@@ -33,8 +33,12 @@ pub use crate::upper::RUN_DIR_VARIABLE;
 /// The ring of troubles in the folder of a device.
 pub const TROUBLE_NAME: &str = "trouble";
 
-/// How often the maker of a new folder tries to lock it, a millisecond apart.
-const LOCK_TRIES_MAX: u32 = 20;
+/// How often the maker of a new folder tries to lock it, a millisecond apart: whoever takes it for
+/// remains has the lock only while it removes them, but may lose the processor meanwhile.
+const LOCK_TRIES_MAX: u32 = 500;
+
+/// How often a folder is made that others take for remains. Each of them does so once per attach.
+const MAKE_TRIES_MAX: u32 = 100;
 
 /// The folder of all devices.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -149,18 +153,15 @@ impl RunDir {
     /// What the operating system says.
     pub fn claim(&self, id: u32) -> Result<Option<Slot>> {
         let path = self.folder(id);
-        match DirBuilder::new().mode(0o700).create(&path) {
-            Ok(()) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => return Ok(None),
-            Err(error) => return Err(Error::io(format!("make {}", path.display()), &error)),
-        }
-        // Until it is locked it looks like remains. Somebody may be looking at it, which takes a
-        // moment, or has removed it, and then this number is lost.
-        for _ in 0..LOCK_TRIES_MAX {
-            if let Some(slot) = Slot::try_lock(path.clone(), id)? {
+        for _ in 0..MAKE_TRIES_MAX {
+            match DirBuilder::new().mode(0o700).create(&path) {
+                Ok(()) => {}
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => return Ok(None),
+                Err(error) => return Err(Error::io(format!("make {}", path.display()), &error)),
+            }
+            if let Some(slot) = lock_new(&path, id)? {
                 return Ok(Some(slot));
             }
-            std::thread::sleep(Duration::from_millis(1));
         }
         Ok(None)
     }
@@ -180,6 +181,21 @@ impl RunDir {
     pub fn state(&self, id: u32) -> Result<Option<State>> {
         State::load(&self.folder(id), id)
     }
+}
+
+/// Locks the folder that was just made at `path`. Until then it looks like remains: somebody may be
+/// looking at it, which takes a moment, or has removed it, which gives `None` at once.
+fn lock_new(path: &Path, id: u32) -> Result<Option<Slot>> {
+    for _ in 0..LOCK_TRIES_MAX {
+        if let Some(slot) = Slot::try_lock(path.to_owned(), id)? {
+            return Ok(Some(slot));
+        }
+        if !path.exists() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(None)
 }
 
 /// A device number without sign, leading zeros or other frills.
@@ -281,6 +297,8 @@ pub(super) fn socket_in(folder: &Path) -> PathBuf {
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
+    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+    use std::time::Instant;
 
     fn run_dir() -> (tempfile::TempDir, RunDir) {
         let folder = tempfile::tempdir().unwrap();
@@ -308,6 +326,33 @@ mod tests {
         assert!(run.claim(0).unwrap().is_none());
         let slot = run.lock(0).unwrap().unwrap();
         assert_eq!((slot.id(), slot.path()), (0, run.folder(0).as_path()));
+    }
+
+    #[test]
+    fn a_new_folder_that_others_take_for_remains_is_made_again() {
+        let (_folder, run) = run_dir();
+        let (removed, done) = (AtomicU32::new(0), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Acquire) {
+                    if let Some(slot) = run.lock(3).unwrap() {
+                        slot.remove().unwrap();
+                        removed.fetch_add(1, Ordering::AcqRel);
+                    }
+                }
+            });
+            let deadline = Instant::now() + Duration::from_secs(60);
+            let mut claimed = Ok(Some(()));
+            while matches!(claimed, Ok(Some(())))
+                && removed.load(Ordering::Acquire) < 20
+                && Instant::now() < deadline
+            {
+                claimed = run.claim(3).and_then(|slot| slot.map(Slot::remove).transpose());
+            }
+            done.store(true, Ordering::Release);
+            assert!(matches!(claimed, Ok(Some(()))), "{claimed:?}");
+        });
+        assert!(removed.into_inner() >= 20, "nobody took a new folder for remains");
     }
 
     #[test]
