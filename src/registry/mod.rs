@@ -57,6 +57,8 @@ mod credentials;
 mod digest;
 mod fault;
 mod flight;
+#[cfg(test)]
+mod flight_tests;
 mod image;
 mod manifest;
 mod options;
@@ -69,6 +71,7 @@ mod retry;
 mod route;
 mod runtime;
 mod secret;
+mod sync;
 mod token;
 mod transport;
 mod tries;
