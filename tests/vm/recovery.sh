@@ -13,11 +13,18 @@ folder_of() {
     printf '/run/obd-ublk/%s' "${1#/dev/ublkb}"
 }
 
+# slurp FILE: sets text; false if there is none. Not $(<FILE): bash 5.2 ends the shell, without a
+# word, if that file is gone and `set -e` holds, even on the left of ||.
+slurp() {
+    text=
+    { IFS= read -rd '' text <"$1" || [ -n "$text" ]; } 2>/dev/null
+}
+
 # read_pid DEV: sets pid
 read_pid() {
     pid=
     local text
-    { text=$(<"$(folder_of "$1")/state.json"); } 2>/dev/null || return 0
+    slurp "$(folder_of "$1")/state.json" || return 0
     [[ ! $text =~ \"pid\":\ ([0-9]+) ]] || pid=${BASH_REMATCH[1]}
 }
 
@@ -32,7 +39,7 @@ read_state() {
         state=lost
         return 0
     fi
-    { text=$(<"$folder/state.json"); } 2>/dev/null || return 0
+    slurp "$folder/state.json" || return 0
     read_pid "$1"
     if [[ $text == *'"phase": "live"'* ]] && [ -n "$pid" ] && kill -0 "$pid" 2>/dev/null; then
         state=live

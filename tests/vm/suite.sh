@@ -53,8 +53,14 @@ check() {
         return
     fi
     [[ " ${OBD_UBLK_ELSEWHERE-} " != *" $name "* ]] || return
-    # Not as the condition of an `if`: there `set -e` would mean nothing.
-    (set -e; "$name") 3>/tmp/check.facts >/tmp/check.log 2>&1
+    # Not as the condition of an `if`: there `set -e` would mean nothing. It does not say which
+    # command failed, and not every command does: that goes to a file of its own, with those whose
+    # failure was expected.
+    (
+        set -eE
+        trap 'echo "exit $? at ${BASH_SOURCE[0]##*/}:$LINENO: ${BASH_COMMAND:0:200}" >&9' ERR
+        "$name"
+    ) 3>/tmp/check.facts 9>/tmp/check.failed >/tmp/check.log 2>&1
     local status=$?
     if [ $status -eq 0 ]; then
         echo "ok $name ($((SECONDS - start)) s)"
@@ -64,6 +70,10 @@ check() {
         failures=$((failures + 1))
         echo "$name: $(tail -n 5 /tmp/check.log | tr '\n' ' ')" >>/tmp/failed
         sed 's/^/    /' /tmp/check.log
+        echo "    exit status $status; the last commands that failed:"
+        tail -n 5 /tmp/check.failed | sed 's/^/    /'
+        # A program that died of a signal may have said so there only.
+        dmesg | tail -n 5 | sed 's/^/    kernel: /'
         for log in /run/obd-ublk/*/log /run/obd-ublk/supervisor.log; do
             [ -e "$log" ] && tail -n 5 "$log" | sed "s|^|    $log: |"
         done
