@@ -69,7 +69,8 @@ fn units_have_every_key_that_keeps_devices_alive_and_in_order() {
             assert!(found.iter().any(|value| value == expected), "{unit}: {key}: {found:?}");
         }
         let after = values(unit, "Unit", "After").join(" ");
-        for wanted in ["systemd-modules-load.service", "local-fs.target", "network-online.target"] {
+        let before_it = ["systemd-modules-load.service", "local-fs.target"];
+        for wanted in before_it.into_iter().chain(["network.target", "network-online.target"]) {
             assert!(after.split(' ').any(|name| name == wanted), "{unit}: After: {after}");
         }
         assert_eq!(values(unit, "Unit", "Description").len(), 1, "{unit}");

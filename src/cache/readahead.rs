@@ -19,7 +19,7 @@ use std::ops::Range;
 /// What to fetch ahead, in extents.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ahead {
-    /// The extents to fetch. None if only the mark moves, because the window shrank.
+    /// The extents to fetch: empty if only the mark moves, because the window shrank.
     pub extents: Range<u64>,
     /// The extent whose reading is to be told.
     pub mark: u64,
@@ -281,6 +281,8 @@ mod tests {
                 if let Some(plan) = planner.observe(&read, here) {
                     prop_assert!(read.end <= plan.extents.start);
                     prop_assert!(plan.extents.start <= plan.extents.end);
+                    // Only the mark moves: then something was asked for ahead of the read.
+                    prop_assert!(!plan.extents.is_empty() || read.end < plan.extents.start);
                     prop_assert!(plan.extents.end <= count);
                     let widest = if 2 * here >= count { 96 } else { 64 };
                     prop_assert!(plan.extents.end - read.end <= widest);
