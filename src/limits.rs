@@ -208,8 +208,9 @@ pub const NBD_CONNECTIONS_MAX: usize = 128;
 /// read 32 MiB from a slow disk, before it hangs up.
 pub const NBD_STOP_MS_MAX: u64 = 5000;
 
-/// Bytes of the path of a Unix socket: the kernel's `sun_path`, without the zero at its end.
-pub const SOCKET_PATH_BYTES_MAX: usize = 107;
+/// Bytes of the path of a Unix socket: the kernel's `sun_path`, without the zero at its end and
+/// the `.new` that the name has until the socket listens.
+pub const SOCKET_PATH_BYTES_MAX: usize = 103;
 
 /// How long a server waits for others that are making a socket in the same folder. They need
 /// microseconds each.

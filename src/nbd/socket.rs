@@ -1,7 +1,8 @@
 //! The socket's file: who may connect, and whose file it is.
 //!
 //! It is only its owner's (mode 0600) from the moment it exists: the mode is set on the socket
-//! before it is bound, which Linux takes over to the file. A file of somebody else is never
+//! before it is bound, which Linux takes over to the file. Whoever sees its name can connect: it
+//! is bound under another name and gets its own when it listens. A file of somebody else is never
 //! removed: what is there is replaced only if it is a socket on which nobody listens, and at the
 //! end only our own file goes. Programs that do this at the same time would take each other's
 //! sockets for dead ones, so all of it happens under a lock of the folder.
@@ -45,18 +46,23 @@ impl SocketFile {
             return Err(Error::new(ErrorKind::Usage, message));
         }
         let _lock = lock_folder(path)?;
-        let bound = match bind_new(path) {
+        let told = |error: &std::io::Error| Error::io(format!("listen on {}", shown(path)), error);
+        let unnamed = before_it_listens(path);
+        let bound = match bind_new(&unnamed) {
             Err(Errno::EADDRINUSE) => {
-                remove_if_dead(path)?;
-                bind_new(path)
+                // Of a server that was killed right here.
+                remove_if_dead(&unnamed)?;
+                bind_new(&unnamed)
             }
             other => other,
         };
-        let told = |error: &std::io::Error| Error::io(format!("listen on {}", shown(path)), error);
         let listener = bound.map_err(|errno| told(&errno.into()))?;
-        let metadata = path.symlink_metadata().map_err(|error| told(&error))?;
-        let file = Self { path: path.to_owned(), identity: identity(&metadata) };
-        Ok((listener, file))
+        let named = name(&unnamed, path);
+        // It was made a moment ago, under the lock.
+        if let Err(error) = std::fs::remove_file(&unnamed) {
+            tracing::warn!(%error, "cannot remove {}", shown(&unnamed));
+        }
+        Ok((listener, Self { path: path.to_owned(), identity: named? }))
     }
 }
 
@@ -83,6 +89,27 @@ fn shown(path: &Path) -> String {
 
 fn new_socket() -> nix::Result<OwnedFd> {
     socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
+}
+
+/// The name of a socket that does not listen yet.
+fn before_it_listens(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".new");
+    PathBuf::from(name)
+}
+
+/// Gives the socket at `unnamed` the name `path` as well, which a dead socket may have; returns
+/// its identity.
+fn name(unnamed: &Path, path: &Path) -> Result<(u64, u64)> {
+    // Not renamed: that would replace a file that somebody makes right now without our lock.
+    let mut linked = std::fs::hard_link(unnamed, path);
+    if linked.as_ref().is_err_and(|error| error.kind() == std::io::ErrorKind::AlreadyExists) {
+        remove_if_dead(path)?;
+        linked = std::fs::hard_link(unnamed, path);
+    }
+    let identified = linked.and_then(|()| unnamed.symlink_metadata());
+    let told = |error: &std::io::Error| Error::io(format!("listen on {}", shown(path)), error);
+    Ok(identity(&identified.map_err(|error| told(&error))?))
 }
 
 fn bind_new(path: &Path) -> nix::Result<UnixListener> {
@@ -163,6 +190,38 @@ mod tests {
         drop(listener);
         drop(file);
         assert!(!path.exists());
+    }
+
+    /// Scripts wait for the file and connect at once.
+    #[test]
+    fn whoever_sees_the_socket_can_connect() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        for _ in 0..500 {
+            std::thread::scope(|scope| {
+                let client = scope.spawn(|| {
+                    while path.symlink_metadata().is_err() {}
+                    UnixStream::connect(&path)
+                });
+                let _listening = SocketFile::listen(&path).unwrap();
+                client.join().unwrap().unwrap();
+            });
+        }
+    }
+
+    #[test]
+    fn a_server_that_was_killed_before_it_listened_is_in_nobodys_way() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        drop(UnixListener::bind(folder.path().join("s.new")).unwrap());
+        let (_listener, _file) = SocketFile::listen(&path).unwrap();
+        UnixStream::connect(&path).unwrap();
+        let names: Vec<_> = folder.path().read_dir().unwrap().collect();
+        assert_eq!(names.len(), 1, "{names:?}");
+        std::fs::write(folder.path().join("t.new"), "precious").unwrap();
+        let error = SocketFile::listen(&folder.path().join("t")).unwrap_err();
+        assert_eq!((error.kind(), error.errno()), (ErrorKind::Io, libc::EEXIST), "{error:#}");
+        assert_eq!(std::fs::read(folder.path().join("t.new")).unwrap(), b"precious");
     }
 
     #[test]
@@ -246,7 +305,7 @@ mod tests {
         let path = Path::new("/tmp").join("x".repeat(SOCKET_PATH_BYTES_MAX));
         let error = SocketFile::listen(&path).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Usage);
-        assert!(error.to_string().ends_with("has 112 bytes, at most 107"), "{error:#}");
+        assert!(error.to_string().ends_with("has 108 bytes, at most 103"), "{error:#}");
         let error = SocketFile::listen(Path::new("/nonexistent-folder/s")).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NotFound, "{error:#}");
     }
