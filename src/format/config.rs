@@ -446,7 +446,9 @@ fn parse_json<T: DeserializeOwned>(what: &str, bytes: &[u8], objects: &[&str]) -
     if to_u64(bytes.len()) > CONFIG_BYTES_MAX {
         return Err(invalid(format!("{what}: more than {CONFIG_BYTES_MAX} bytes")));
     }
-    let failed = |error: serde_json::Error| invalid(format!("{what}: {error}"));
+    let failed = |error: serde_json::Error| {
+        invalid(format!("{what}: {}", without_its_text(&error.to_string())))
+    };
     let value: serde_json::Value = serde_json::from_slice(bytes).map_err(failed)?;
     let Some(root) = value.as_object() else {
         return Err(invalid(format!("{what}: expected an object at line 1 column 1")));
@@ -469,6 +471,20 @@ fn parse_json<T: DeserializeOwned>(what: &str, bytes: &[u8], objects: &[&str]) -
         let told: std::result::Result<T, _> = serde_json::from_slice(bytes);
         failed(told.err().unwrap_or(error))
     })
+}
+
+/// What the parser says, without the string that it found in the place of something else: there may
+/// be a password in it.
+fn without_its_text(told: &str) -> String {
+    const BEFORE: &str = ": string \"";
+    const AFTER: &str = "\", expected ";
+    match (told.find(BEFORE), told.rfind(AFTER)) {
+        (Some(begin), Some(end)) if begin + BEFORE.len() <= end => {
+            let (before, after) = (told.get(..begin), told.get(end + 1..));
+            format!("{}: a string{}", before.unwrap_or_default(), after.unwrap_or_default())
+        }
+        _ => told.to_owned(),
+    }
 }
 
 /// Removes every key that is `null`, as deep as the parser allowed. Not list elements: a layer that
@@ -513,6 +529,20 @@ mod tests {
                 .map(|name| PathBuf::from("/snapshots/1/fs").join(name))
         );
         assert_eq!(config.lowers[1].local_candidates(), [PathBuf::from("/x")]);
+    }
+
+    #[test]
+    fn a_string_in_the_wrong_place_is_told_by_its_place_alone() {
+        for text in [
+            r#"{"registries":{"mirrors":["https://u:hunter2@h"]}}"#,
+            r#"{"cacheConfig":{"cacheSizeGB":"hunter2\", expected none"}}"#,
+            r#"{"ioEngine":"hunter2"}"#,
+        ] {
+            let told = ServiceConfig::parse(text.as_bytes()).unwrap_err().to_string();
+            assert!(!told.contains("hunter2"), "{told}");
+            assert!(told.contains("a string, expected"), "{told}");
+            assert!(told.contains(" at line 1 column "), "{told}");
+        }
     }
 
     #[test]

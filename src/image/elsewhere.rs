@@ -45,7 +45,7 @@ pub(super) fn config_of(reference: &Path, service: &ServiceConfig) -> Result<Vec
         Registry::new(options(service))
             .and_then(|registry| registry.image(name, &Platform::ours(), deadline))
     };
-    let image = found.context(|| format!("find {text}"))?;
+    let image = found.context(|| format!("find {}", shown(text)))?;
     let lowers: Vec<_> = image
         .layers
         .iter()
@@ -62,6 +62,15 @@ pub(super) fn config_of(reference: &Path, service: &ServiceConfig) -> Result<Vec
         "accelerationLayer": image.has_acceleration_layer,
     });
     Ok(config.to_string().into_bytes())
+}
+
+/// A reference as it may be shown: what stands where a user and a password would is left out.
+fn shown(text: &str) -> String {
+    let Some(name) = text.strip_prefix(DOCKER) else { return text.to_owned() };
+    let digest_at = name.rfind("@sha256:").unwrap_or(name.len());
+    let (name, digest) = name.split_at(digest_at);
+    let name = name.rsplit_once('@').map_or(name, |(_, place)| place);
+    format!("{DOCKER}{name}{digest}")
 }
 
 /// Where the cache is and how large it may be, as the host's config says.
@@ -408,6 +417,19 @@ pub(super) fn nowhere(looked: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_reference_is_shown_without_the_user_that_none_has() {
+        for (text, expected) in [
+            ("docker://h:1/a/b:c", "docker://h:1/a/b:c"),
+            ("docker://h/a@sha256:12", "docker://h/a@sha256:12"),
+            ("docker://u:secret@h/a:c", "docker://h/a:c"),
+            ("docker://u:se@cret@h/a@sha256:12", "docker://h/a@sha256:12"),
+            ("oci-layout:/a@b/c", "oci-layout:/a@b/c"),
+        ] {
+            assert_eq!(shown(text), expected);
+        }
+    }
 
     /// A server keeps only the mounts that it needs. A credential that came later, or the file of a
     /// layer that was complete, used to be lost where its folder was a mount of its own.

@@ -33,12 +33,18 @@ pub(super) fn may_carry(origin: &Origin, url: &Url) -> bool {
     Origin::of(url).as_ref() == Some(origin)
 }
 
+/// Bytes of a path that are shown: a repository's name and a digest. A server may send us to one of
+/// 60 KB, and each failed read would log it.
+const SHOWN_PATH_BYTES_MAX: usize = 400;
+
 /// A URL as it may be shown: without user, query and fragment, in which signatures are.
 #[must_use]
 pub(super) fn shown(url: &Url) -> String {
-    match Origin::of(url) {
-        Some(origin) => format!("{origin}{}", url.path()),
-        None => "(no URL)".to_owned(),
+    let Some(origin) = Origin::of(url) else { return "(no URL)".to_owned() };
+    // A parsed path is ASCII.
+    match url.path().get(..SHOWN_PATH_BYTES_MAX) {
+        Some(front) => format!("{origin}{front}..."),
+        None => format!("{origin}{}", url.path()),
     }
 }
 
@@ -128,6 +134,14 @@ mod tests {
 
     fn url(text: &str) -> Url {
         Url::parse(text).unwrap()
+    }
+
+    #[test]
+    fn a_url_is_shown_without_its_secrets_and_not_at_any_length() {
+        let long = format!("https://u:p@h/{}?sig=x", "a".repeat(60_000));
+        let expected = format!("https://h/{}...", "a".repeat(SHOWN_PATH_BYTES_MAX - 1));
+        assert_eq!(shown(&url(&long)), expected);
+        assert_eq!(shown(&url("https://u:p@h/a?sig=x#y")), "https://h/a");
     }
 
     #[test]
