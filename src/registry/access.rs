@@ -49,14 +49,15 @@ struct State {
     wanted: Option<Wanted>,
     granted: Option<Arc<Granted>>,
     denied: Option<Denied>,
-    /// What the credential files looked like before they were read last.
-    stamp: Stamp,
+    /// What the credential files looked like before they were read last; `None` before anybody
+    /// looked, because the registry asked for none.
+    stamp: Option<Stamp>,
 }
 
 #[derive(Clone, Debug)]
 struct Denied {
     why: Fault,
-    stamp: Stamp,
+    stamp: Option<Stamp>,
     asked_at: Instant,
     /// How often it was asked again since the credentials changed, by all who wait.
     asks: u32,
@@ -117,7 +118,7 @@ impl Access {
         let (origin, repository) = (self.place.origin(), self.place.repository());
         let url = self.place.to_string();
         let stamp = self.credentials.stamp().await;
-        self.state().stamp = stamp;
+        self.state().stamp = Some(stamp);
         let credential = self.credentials.find(origin, repository, &url).await?;
         let now = Instant::now();
         let granted = match &wanted {
@@ -187,11 +188,16 @@ impl Access {
         }
     }
 
-    /// Forgets what was asked for: it led nowhere. False when there was nothing to forget.
-    pub(super) fn forget(&self) -> bool {
+    /// Forgets what was asked for, which led nowhere; what that was.
+    pub(super) fn forget(&self) -> Option<Wanted> {
         let mut state = self.state();
         state.granted = None;
-        state.wanted.take().is_some()
+        state.wanted.take()
+    }
+
+    /// Whether just that is asked for now.
+    pub(super) fn still_wants(&self, before: &Wanted) -> bool {
+        self.state().wanted.as_ref() == Some(before)
     }
 
     /// The last refusal, if it still stands.
@@ -215,6 +221,20 @@ impl Access {
         self.state().denied = None;
     }
 
+    /// Takes note of what the credential files look like now; whether that is not what they looked
+    /// like `before`.
+    fn note(&self, now: Stamp, before: Option<Stamp>) -> bool {
+        let is_changed = before.is_some_and(|before| before != now);
+        let mut state = self.state();
+        if is_changed || state.stamp.is_none() {
+            state.stamp = Some(now.clone());
+        }
+        if let Some(denied) = &mut state.denied {
+            denied.stamp.get_or_insert(now);
+        }
+        is_changed
+    }
+
     /// Waits until it makes sense to ask again, for as long as the caller lets it. Whoever gets a
     /// permit asks for all others, and keeps it meanwhile.
     pub(super) async fn wait(&self) -> Option<SemaphorePermit<'_>> {
@@ -230,7 +250,7 @@ impl Access {
                 }
                 return permit;
             }
-            if denied.stamp != self.credentials.stamp().await {
+            if self.note(self.credentials.stamp().await, denied.stamp) {
                 return permit;
             }
             tokio::time::sleep(Duration::from_millis(CREDENTIAL_LOOK_MS)).await;

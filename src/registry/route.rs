@@ -16,6 +16,7 @@ use crate::error::ErrorKind;
 use crate::limits::{MIRROR_REST_MS, REDIRECTS_MAX};
 use reqwest::Url;
 use reqwest::header::{self, HeaderName};
+use std::mem;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -46,6 +47,8 @@ pub(super) struct Route {
 struct Followed {
     url: Url,
     until: Instant,
+    /// Whether who is there had trouble of its own before.
+    is_doubted: bool,
 }
 
 impl std::fmt::Debug for Followed {
@@ -127,21 +130,35 @@ impl Route {
         if let Some(url) = self.remembered() {
             match self.send(registry, &url, headers, None).await {
                 Ok(answer) if matches!(answer.status(), 200 | 206) => return Ok(answer),
-                Ok(answer) if is_trouble(answer.status()) => return Err(answer.fault()),
+                Ok(answer) if is_trouble(answer.status()) => {
+                    self.doubt(&answer);
+                    return Err(answer.fault());
+                }
                 // It has ended before its time, or leads nowhere any more: ask for a new one.
                 Ok(_) | Err(_) => self.remember(None),
             }
         }
         let mut may_forget = true;
+        // What was wanted before it was forgotten, and what became of getting it.
+        let mut before = None;
         let mut is_fresh = false;
         let mut refusal = Fault::unauthorized("the registry refuses whatever we show");
         for _ in 0..TURNS_MAX {
+            if let Some((wanted, fault)) = &before
+                && self.access.still_wants(wanted)
+            {
+                // Whoever gives it out has trouble, and is not asked twice at once.
+                return Err(Fault::clone(fault));
+            }
             let granted = match self.access.granted().await {
                 Ok(granted) => granted,
                 // What was wanted once is not to be had; ask what is wanted now.
-                Err(fault) if fault.remedy == Remedy::Credentials && may_forget => {
+                Err(fault) if may_forget => {
                     may_forget = false;
-                    self.access.forget();
+                    let wanted = self.access.forget();
+                    before = wanted
+                        .filter(|_| fault.remedy != Remedy::Credentials)
+                        .map(|it| (it, fault));
                     continue;
                 }
                 Err(fault) => return Err(fault),
@@ -217,7 +234,7 @@ impl Route {
             match answer.status() {
                 200 | 206 => {
                     let until = Instant::now() + good_for;
-                    self.remember(Some(Followed { url, until }));
+                    self.remember(Some(Followed { url, until, is_doubted: false }));
                     return Ok(answer);
                 }
                 400 | 401 | 403 => {
@@ -235,6 +252,20 @@ impl Route {
         Err(Fault::malformed(text))
     }
 
+    /// A store that fails twice is not come back to by what is remembered: the registry may know of
+    /// another one by now. One that only wants to be left alone for a while is.
+    fn doubt(&self, answer: &Answer) {
+        if answer.status() == 429 || answer.retry_after().is_some() {
+            return;
+        }
+        let mut followed = self.followed.lock().unwrap_or_else(PoisonError::into_inner);
+        let was_doubted =
+            followed.as_mut().is_some_and(|it| mem::replace(&mut it.is_doubted, true));
+        if was_doubted {
+            *followed = None;
+        }
+    }
+
     fn remembered(&self) -> Option<Url> {
         let followed = self.followed.lock().unwrap_or_else(PoisonError::into_inner);
         let is_good = |followed: &&Followed| Instant::now() < followed.until;
@@ -246,7 +277,7 @@ impl Route {
     }
 }
 
-/// Trouble of a store that another redirect to it would not end.
+/// Trouble of a store itself, which one more redirect to it would not end.
 const fn is_trouble(status: u16) -> bool {
     status == 429 || status >= 500
 }

@@ -283,6 +283,83 @@ fn with_store(good_ms: u64) -> (Lab, Mock) {
     (lab, store)
 }
 
+/// Not only one that refuses: one that has nothing more to say, has trouble, or is not there.
+#[test]
+fn row_5_a_realm_that_is_gone_is_asked_for_anew() {
+    for gone in [Some(404), Some(500), None] {
+        let old = Mock::start();
+        let lab = lab_with(|bearer| bearer.realm = format!("{}/token", old.url()));
+        let mut bearer = Bearer::at(&format!("{}/token", old.url()));
+        bearer.told_seconds = Some(1);
+        old.state().auth = Auth::Bearer(bearer);
+        // The registry takes the first one that the old realm gives out.
+        for token in ["token-0", "token-1"] {
+            lab.mock.state().tokens.insert(token.to_owned(), Instant::now() + ENOUGH);
+        }
+        let blob = lab.blob(&lab.registry(Options::default()));
+        assert!(lab.read(&blob, 0..1000, ENOUGH).is_ok(), "{gone:?}");
+        assert_eq!(old.count(Part::Token), 1);
+        match gone {
+            Some(status) => old.fail(Part::Token, u64::MAX, Fault::status(status)),
+            None => drop(old),
+        }
+        if let Auth::Bearer(bearer) = &mut lab.mock.state().auth {
+            bearer.realm = format!("{}/token", lab.mock.url());
+        }
+        std::thread::sleep(Duration::from_millis(1100));
+        let read = lab.read(&blob, 0..1000, ENOUGH);
+        assert_eq!(read.unwrap(), lab.content[..1000], "{gone:?}");
+        assert_eq!(lab.mock.count(Part::Token), 1, "{gone:?}");
+    }
+}
+
+/// Nobody had looked at the credentials then, so that they seemed to have changed: it was asked 24
+/// times within 10 ms, and given up.
+#[test]
+fn row_5_a_refusal_that_asks_for_nothing_is_waited_out_as_well() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("config.json");
+    for status in [401, 403] {
+        let lab = Lab::new();
+        lab.mock.fail(Part::Blob, 1, Fault::status(status));
+        let blob = lab.blob(&lab.registry(with_file(&path)));
+        let started = Instant::now();
+        let read = lab.read(&blob, 0..1000, Duration::from_secs(20));
+        assert_eq!(read.unwrap(), lab.content[..1000], "{status}");
+        assert!(started.elapsed() >= Duration::from_millis(1900), "{:?}", started.elapsed());
+        assert_eq!(lab.mock.count(Part::Blob), 2, "{status}");
+    }
+    // A file that comes is noticed, once.
+    let lab = Lab::new();
+    lab.mock.fail(Part::Blob, u64::MAX, Fault::status(403));
+    let blob = lab.blob(&lab.registry(with_file(&path)));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_millis(700));
+            write_credentials(&path, &lab.mock.host(), PASSWORD);
+        });
+        let error = lab.read(&blob, 0..1000, Duration::from_millis(2500)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unauthorized, "{error:?}");
+    });
+    // At once, at the file, and two seconds after the first or the second.
+    let requests = lab.mock.count(Part::Blob);
+    assert!((2..=3).contains(&requests), "{requests}");
+}
+
+/// What is remembered of a redirect may be good for hours.
+#[test]
+fn row_5_a_store_that_fails_twice_is_asked_for_anew() {
+    let (lab, store) = with_store(3_600_000);
+    let blob = lab.blob(&lab.registry(Options::default()));
+    assert!(lab.read(&blob, 0..1000, ENOUGH).is_ok());
+    let other = Mock::start();
+    other.state().content.blobs.insert(lab.digest.clone(), Arc::clone(&lab.content));
+    store.fail(Part::Store, u64::MAX, Fault::status(503));
+    lab.mock.state().redirect = Some((other.url(), 3_600_000));
+    assert_eq!(lab.read(&blob, 0..1000, ENOUGH).unwrap(), lab.content[..1000]);
+    assert_eq!(store.count(Part::Store), 3, "the good read, and two more");
+}
+
 #[test]
 fn row_5_redirects_are_used_until_they_end_and_then_resolved_again() {
     let (lab, store) = with_store(800);
