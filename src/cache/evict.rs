@@ -19,6 +19,8 @@ pub struct Trimmed {
     pub removed_bytes: u64,
     /// Blobs whose files were removed.
     pub removed: u64,
+    /// Blobs whose files should have been removed and could not be.
+    pub stuck: u64,
 }
 
 /// Makes sure that no more than the quota is taken; once it is exceeded, a sixteenth less, so that
@@ -34,7 +36,8 @@ pub(super) fn keep_quota(folder: &Folder, quota_bytes: u64, make_room: bool) -> 
     trim(folder, quota_bytes - quota_bytes / 16, SystemTime::now())
 }
 
-/// Evicts until no more than `target_bytes` are taken, or nothing more may go.
+/// Evicts until no more than `target_bytes` are taken, or nothing more may go. What cannot be
+/// removed is passed over: it would be the first each time, and nothing behind it would ever go.
 pub(super) fn trim(folder: &Folder, target_bytes: u64, now: SystemTime) -> Result<Trimmed> {
     let lock = folder.lock()?;
     // Listed under the lock: nobody opens one of them meanwhile.
@@ -44,10 +47,21 @@ pub(super) fn trim(folder: &Folder, target_bytes: u64, now: SystemTime) -> Resul
         if trimmed.bytes <= target_bytes {
             break;
         }
-        if entry.is_whole {
-            folder.remove_whole(&entry.digest, &lock)?;
+        let removed = if entry.is_whole {
+            folder.remove_whole(&entry.digest, &lock)
         } else {
-            folder.remove_pair(&entry.digest, &lock)?;
+            folder.remove_pair(&entry.digest, &lock)
+        };
+        if let Err(error) = removed {
+            let (digest, error) = (entry.digest, format!("{error:#}"));
+            // A disk that cannot be written refuses all of them: told once.
+            if trimmed.stuck == 0 {
+                tracing::warn!(%digest, error, "cannot be evicted");
+            } else {
+                tracing::debug!(%digest, error, "cannot be evicted");
+            }
+            trimmed.stuck += 1;
+            continue;
         }
         tracing::debug!(digest = %entry.digest, bytes = entry.disk_bytes, "evicted");
         trimmed.bytes = trimmed.bytes.saturating_sub(entry.disk_bytes);

@@ -75,7 +75,8 @@ impl Gate {
         true
     }
 
-    /// Whether the quota was used up and it is time to look again: true once each time.
+    /// Whether the quota was used up and it is time to look again: true once each time, until
+    /// [`Gate::set_over_quota`] or [`Gate::put_off_recheck`] says how the look ended.
     pub(super) fn is_recheck_due(&self) -> bool {
         let due = self.next_recheck_ms.load(Ordering::Relaxed);
         self.over_quota.load(Ordering::Relaxed)
@@ -83,10 +84,15 @@ impl Gate {
             && self.next_recheck_ms.swap(u64::MAX, Ordering::Relaxed) == due
     }
 
-    /// Says what a look at the quota found.
-    pub(super) fn set_over_quota(&self, over: bool) {
+    /// A look at the quota ended, or failed: the next one is due a while from now.
+    pub(super) fn put_off_recheck(&self) {
         let next = self.now_ms().saturating_add(self.recheck_ms);
         self.next_recheck_ms.store(next, Ordering::Relaxed);
+    }
+
+    /// Says what a look at the quota found.
+    pub(super) fn set_over_quota(&self, over: bool) {
+        self.put_off_recheck();
         if self.over_quota.swap(over, Ordering::Relaxed) != over {
             tracing::info!(over, quota_bytes = self.quota_bytes, "the cache's quota");
         }
@@ -113,6 +119,8 @@ mod tests {
         assert!(!gate.is_open());
         assert!(gate.is_recheck_due());
         assert!(!gate.is_recheck_due(), "one thread looks");
+        gate.put_off_recheck();
+        assert!(!gate.is_open() && gate.is_recheck_due(), "a look that failed is not the last");
         gate.set_over_quota(false);
         assert!(gate.is_open());
     }

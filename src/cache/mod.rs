@@ -282,6 +282,8 @@ impl Shared {
         match evict::keep_quota(folder, quota_bytes, make_room) {
             Ok(trimmed) => self.gate.set_over_quota(trimmed.bytes > quota_bytes),
             Err(error) => {
+                // Nothing is stored while over the quota: somebody has to look again.
+                self.gate.put_off_recheck();
                 let error = format!("{error:#}");
                 tracing::warn!(error, "the cache's quota cannot be kept");
             }
