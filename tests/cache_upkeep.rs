@@ -7,9 +7,10 @@
 #[path = "cache/source.rs"]
 mod source;
 
-use obd_ublk::cache::{Cache, CachedBlob, Maintenance, Settings};
+use obd_ublk::cache::{Cache, CachedBlob, DiskFaults, DiskStep, Maintenance, Settings};
 use obd_ublk::source::{Fetch, RemoteBlob};
-use source::{Blob, open, quiet};
+use source::{Blob, eventually, open, quiet};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -77,4 +78,60 @@ fn what_cannot_be_removed_keeps_nothing_else_from_being_evicted() {
     let checked = maintenance.check(true).unwrap();
     assert_eq!((checked.strays.len(), checked.unreadable.len()), (2, 1), "{checked:?}");
     assert_eq!(maintenance.list().unwrap().len(), 1);
+}
+
+fn with_background(folder: &Path) -> Settings {
+    Settings { threads: 2, tick: Duration::from_millis(20), ..quiet(folder, 4096) }
+}
+
+/// A disk on which no blob can be begun as long as there is a file.
+#[derive(Debug)]
+struct FullOf(PathBuf);
+
+impl DiskFaults for FullOf {
+    fn before(&self, step: DiskStep) -> io::Result<()> {
+        if step == DiskStep::Open && self.0.exists() {
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        }
+        Ok(())
+    }
+}
+
+/// Room was made when a fill found the disk full, and a blob that could not even be begun has no
+/// fills.
+#[test]
+fn a_blob_that_cannot_be_begun_on_a_full_disk_has_room_made_for_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (old, new) = (Blob::new(62, 10 * EXTENT, EXTENT), Blob::new(63, 10 * EXTENT, EXTENT));
+    check_read(&blob_in(&open(folder.path(), 4096), &old), &old, 0, 10 * EXTENT);
+    let full: Arc<dyn DiskFaults> = Arc::new(FullOf(data_path(folder.path(), &old)));
+    let settings = Settings { faults: Some(full), ..with_background(folder.path()) };
+    let cached = blob_in(&Cache::open(settings).unwrap(), &new);
+    check_read(&cached, &new, 0, EXTENT);
+    eventually("there is room", || !data_path(folder.path(), &old).exists());
+    eventually("stored", || {
+        check_read(&cached, &new, 0, EXTENT);
+        cached.is_here(0, 4096)
+    });
+}
+
+/// Otherwise each of them would evict an eighth of the cache.
+#[test]
+fn room_is_made_once_for_all_blobs_that_cannot_be_begun_at_a_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let olds: Vec<_> = (80..104).map(|seed| Blob::new(seed, 10 * EXTENT, EXTENT)).collect();
+    for old in &olds {
+        check_read(&blob_in(&open(folder.path(), 4096), old), old, 0, 10 * EXTENT);
+    }
+    let full: Arc<dyn DiskFaults> = Arc::new(FullOf(folder.path().to_owned()));
+    let pause = Duration::from_secs(5);
+    let settings = Settings { faults: Some(full), pause, ..with_background(folder.path()) };
+    let cache = Cache::open(settings).unwrap();
+    let news: Vec<_> = (110..120).map(|seed| Blob::new(seed, EXTENT, EXTENT)).collect();
+    let opened: Vec<_> = news.iter().map(|new| blob_in(&cache, new)).collect();
+    let kept = || olds.iter().filter(|old| data_path(folder.path(), old).exists()).count();
+    eventually("there is room", || kept() < olds.len());
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(kept() >= 20, "an eighth, and not once for each blob: {} are left", kept());
+    drop(opened);
 }

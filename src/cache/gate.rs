@@ -59,6 +59,15 @@ impl Gate {
         }
     }
 
+    /// The disk was too full to begin a blob. Whether that was not known yet: somebody should make
+    /// room, once for all blobs that are in the same need.
+    pub(super) fn close_if_open(&self) -> bool {
+        let (now, until) = (self.now_ms(), self.closed_until_ms.load(Ordering::Relaxed));
+        let next = now.saturating_add(self.pause_ms.max(1));
+        let order = Ordering::Relaxed;
+        until <= now && self.closed_until_ms.compare_exchange(until, next, order, order).is_ok()
+    }
+
     /// Whether the disk was found full since this was asked last: somebody should make room.
     pub(super) fn take_is_full(&self) -> bool {
         self.is_full.load(Ordering::Relaxed) && self.is_full.swap(false, Ordering::Relaxed)
@@ -112,6 +121,10 @@ mod tests {
         gate.close(&io::Error::from_raw_os_error(libc::ENOSPC));
         assert!(gate.take_is_full());
         assert!(!gate.take_is_full(), "once");
+        std::thread::sleep(std::time::Duration::from_millis(60));
+        assert!(gate.is_open());
+        assert!(gate.close_if_open() && !gate.is_open());
+        assert!(!gate.close_if_open(), "one thread makes room");
         std::thread::sleep(std::time::Duration::from_millis(60));
         assert!(gate.is_open());
         assert!(!gate.is_recheck_due());

@@ -67,7 +67,7 @@ pub use readahead::{Ahead, Readahead};
 pub use sidecar::{HEADER_BYTES, HEADER_USED_BYTES, Header, RECORD_BYTES, Record};
 pub use stats::Stats;
 
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 use crate::limits::{
     CACHE_EXTENT_BYTES, CACHE_PAUSE_MS, CACHE_QUOTA_BYTES_DEFAULT, CACHE_READ_MS_DEFAULT,
     CACHE_THREADS_MAX, CACHE_TICK_MS,
@@ -248,11 +248,15 @@ fn live(slots: &Mutex<Slots>) -> Vec<Arc<Slot>> {
 
 impl Shared {
     /// Opens the files of a blob, or does without; without a word when `is_known`.
-    fn open(&self, digest: &BlobDigest, extents: Extents, is_known: bool) -> Residence {
+    fn open(self: &Arc<Self>, digest: &BlobDigest, extents: Extents, is_known: bool) -> Residence {
         let Some(folder) = &self.folder else { return Residence::Nothing };
         match folder.open(digest, extents) {
             Ok(opened) => opened.into(),
             Err(error) => {
+                // It may be our own unused blobs that fill the disk. The next tick tries again.
+                if error.kind() == ErrorKind::NoSpace && self.gate.close_if_open() {
+                    self.trim_later(true);
+                }
                 if !is_known {
                     let error = format!("{error:#}");
                     tracing::warn!(%digest, error, "read past the cache");

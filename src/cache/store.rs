@@ -138,7 +138,11 @@ impl Folder {
             return Ok(Opened::Partial(pair));
         }
         self.remove_pair(digest, &lock)?;
-        self.make_pair(digest, extents, &lock).context(action).map(Opened::Partial)
+        let made = self.make_pair(digest, extents, &lock).inspect_err(|_| {
+            // Half a pair is nothing: on a full disk there would be one for each blob.
+            let _ = self.remove_pair(digest, &lock);
+        });
+        made.context(action).map(Opened::Partial)
     }
 
     /// How long a blob is, by what is kept of it: the plain file, or a pair in which something is
