@@ -379,6 +379,10 @@ pub const CACHE_TICK_MS: u64 = 10_000;
 /// files stay until its readers notice, within a tick.
 pub const CACHE_IDLE_MS: u64 = 60_000;
 
+/// How long a complete blob that could not be promoted is left alone at most: the pause begins with
+/// two ticks and doubles, because each try reads all of it.
+pub const CACHE_PROMOTE_PAUSE_MS_MAX: u64 = 3_600_000;
+
 /// Blobs that a folder of the cache may hold; what lies beyond is not looked at. 100,000 layers
 /// are more than a host has, and 30 MB of memory to list.
 pub const CACHE_BLOBS_MAX: usize = 100_000;

@@ -9,10 +9,11 @@ mod source;
 
 use obd_ublk::cache::{Cache, CachedBlob, DiskFaults, DiskStep, Maintenance, Settings};
 use obd_ublk::source::{Fetch, RemoteBlob};
-use source::{Blob, eventually, open, quiet};
+use source::{BadDisk, Blob, eventually, open, quiet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 const EXTENT: usize = 4096;
@@ -134,4 +135,35 @@ fn room_is_made_once_for_all_blobs_that_cannot_be_begun_at_a_time() {
     std::thread::sleep(Duration::from_millis(200));
     assert!(kept() >= 20, "an eighth, and not once for each blob: {} are left", kept());
     drop(opened);
+}
+
+/// Who stored the last of it died before it was promoted, and nobody else had seen all of it.
+#[test]
+fn a_complete_blob_is_promoted_by_the_next_process_that_reads_any_of_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let blob = Blob::new(64, 10 * EXTENT, EXTENT);
+    check_read(&blob_in(&open(folder.path(), 4096), &blob), &blob, 0, 10 * EXTENT);
+    let cached = blob_in(&Cache::open(with_background(folder.path())).unwrap(), &blob);
+    check_read(&cached, &blob, 0, EXTENT);
+    eventually("promoted", || cached.stats().promoted == 1);
+    let whole = folder.path().join("whole").join(blob.digest.hex());
+    assert_eq!(std::fs::read(whole).unwrap(), blob.bytes);
+    assert_eq!(blob.requests(), 1);
+}
+
+#[test]
+fn a_blob_that_could_not_be_promoted_is_promoted_later() {
+    let folder = tempfile::tempdir().unwrap();
+    let blob = Blob::new(65, 10 * EXTENT, EXTENT);
+    let disk = Arc::new(BadDisk::default());
+    disk.set(&[(DiskStep::Link, libc::ENOSPC)]);
+    let faults = Some(Arc::clone(&disk) as Arc<dyn DiskFaults>);
+    let settings = Settings { faults, ..with_background(folder.path()) };
+    let cached = blob_in(&Cache::open(settings).unwrap(), &blob);
+    check_read(&cached, &blob, 0, 10 * EXTENT);
+    eventually("tried twice", || disk.failed.load(Ordering::Relaxed) >= 2);
+    assert_eq!(cached.stats().promoted, 0);
+    disk.set(&[]);
+    eventually("promoted", || cached.stats().promoted == 1);
+    assert_eq!(blob.requests(), 1);
 }

@@ -17,6 +17,7 @@ use super::pair::Pair;
 use super::readahead::Readahead;
 use super::stats::{Counters, Stats, count};
 use super::store::Opened;
+use super::upkeep::Retry;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::limits::{
     CACHE_AHEAD_AT_ONCE_MAX, CACHE_AHEAD_BYTES_MAX, CACHE_COMMITS_MAX, CACHE_JOIN_BYTES_MAX,
@@ -85,6 +86,11 @@ pub(super) struct Slot {
     pub(super) wanted_in: Mutex<Vec<PathBuf>>,
     /// Whether somebody was asked to check and promote the whole.
     pub(super) promotion_asked: AtomicBool,
+    /// Whether the records are to be looked at: all of it may be here without anybody's having
+    /// seen all of it, where who stored the last of it died.
+    pub(super) look_due: AtomicBool,
+    /// When to promote again what could not be.
+    pub(super) retry: Mutex<Retry>,
     /// How often the whole was found to have another digest.
     pub(super) condemned: AtomicU32,
     /// Extents whose content was found wrong.
@@ -120,6 +126,8 @@ impl Slot {
             stored_bytes: AtomicU64::new(0),
             wanted_in: Mutex::default(),
             promotion_asked: AtomicBool::new(false),
+            look_due: AtomicBool::new(true),
+            retry: Mutex::default(),
             condemned: AtomicU32::new(0),
             discards: Mutex::default(),
             shared,
@@ -138,12 +146,11 @@ impl Slot {
             // That it still cannot be opened was told when it could not be at first.
             let is_known = matches!(&**old, Residence::Nothing);
             let opened = self.shared.open(&self.digest, self.extents, is_known);
-            let was_whole = matches!(&**old, Residence::Whole(_));
             self.residence.store(Arc::new(opened));
-            if was_whole {
-                // What comes in its place is to be checked and promoted as well.
-                self.promotion_asked.store(false, Ordering::Release);
-            }
+            // What comes in its place is to be checked and promoted as well.
+            *lock(&self.retry) = Retry::default();
+            self.look_due.store(true, Ordering::Release);
+            self.promotion_asked.store(false, Ordering::Release);
         }
         self.reopening.store(false, Ordering::Release);
     }

@@ -24,6 +24,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Records that are read or written at a time, when those of all extents are: 1 MiB.
 pub(super) const RECORDS_AT_ONCE: u64 = 1 << 16;
@@ -35,6 +36,7 @@ pub(super) struct Pair {
     data: MappedFile,
     map: File,
     states: States,
+    has_failed_to_sync: AtomicBool,
     faults: Option<Arc<dyn DiskFaults>>,
 }
 
@@ -58,7 +60,8 @@ impl Pair {
         faults: Option<Arc<dyn DiskFaults>>,
     ) -> Self {
         let states = States::new(header.extents.count());
-        Self { header, data, map, states, faults }
+        let has_failed_to_sync = AtomicBool::new(false);
+        Self { header, data, map, states, has_failed_to_sync, faults }
     }
 
     pub(super) fn extents(&self) -> Extents {
@@ -103,7 +106,15 @@ impl Pair {
     /// What the operating system says.
     pub(super) fn sync(&self) -> io::Result<()> {
         let synced = self.allow(DiskStep::Sync).and_then(|()| self.data.file().sync_all());
-        synced.inspect_err(|_| self.states.forget())
+        synced.inspect_err(|_| {
+            self.has_failed_to_sync.store(true, Ordering::Relaxed);
+            self.states.forget();
+        })
+    }
+
+    /// Whether some of what was stored may never have reached the disk, whatever a read shows.
+    pub(super) fn has_failed_to_sync(&self) -> bool {
+        self.has_failed_to_sync.load(Ordering::Relaxed)
     }
 
     /// Whether the files were evicted, removed, or became a plain file: nothing may be stored.

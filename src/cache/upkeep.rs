@@ -3,16 +3,38 @@
 use super::blob::{CachedBlob, Residence, Slot};
 use super::flight::lock;
 use super::listing::touch;
+use super::pair::Pair;
 use super::promote::{Commit, Promotion, commit_into, promote};
 use super::stats::count;
 use crate::error::{Error, ErrorKind, Result};
-use crate::limits::CACHE_POLL_MS_MAX;
+use crate::limits::{CACHE_POLL_MS_MAX, CACHE_PROMOTE_PAUSE_MS_MAX};
 use crate::source::MappedFile;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
+
+/// When to do again what failed: hashing all of a blob at every tick would help nobody.
+#[derive(Debug, Default)]
+pub(super) struct Retry {
+    failures: u32,
+    due: Option<Instant>,
+}
+
+impl Retry {
+    /// It failed: again after a pause, twice as long each time.
+    fn failed(&mut self, now: Instant, tick: Duration) {
+        let pause = tick.saturating_mul(1 << self.failures.min(20));
+        self.failures = self.failures.saturating_add(1);
+        self.due = now.checked_add(pause.min(Duration::from_millis(CACHE_PROMOTE_PAUSE_MS_MAX)));
+    }
+
+    /// Whether it is time: true once each time.
+    fn take_due(&mut self, now: Instant) -> bool {
+        self.due.take_if(|due| *due <= now).is_some()
+    }
+}
 
 impl CachedBlob {
     /// Makes a plain file of a blob all of whose bytes are here, if they have its digest, and puts
@@ -91,8 +113,14 @@ impl Slot {
             self.shared.gate.close(&error);
             return;
         }
-        // Other processes may have stored what was missing here.
-        if has_stored || pair.states().is_complete() {
+        if lock(&self.retry).take_due(Instant::now()) {
+            self.look_due.store(true, Ordering::Release);
+            self.promotion_asked.store(false, Ordering::Release);
+        }
+        // Other processes may have stored what was missing here. The first thing that is done then
+        // is to look at the records.
+        let is_look_due = self.look_due.swap(false, Ordering::AcqRel) && !pair.has_failed_to_sync();
+        if has_stored || is_look_due || pair.states().is_complete() {
             self.promote_later();
         }
     }
@@ -109,6 +137,7 @@ impl Slot {
             }
         };
         if !self.shared.pool.push(Box::new(job)) {
+            self.look_due.store(true, Ordering::Release);
             self.promotion_asked.store(false, Ordering::Release);
         }
     }
@@ -117,11 +146,17 @@ impl Slot {
         match self.promote_once(residence) {
             // Stays asked: there is nothing to promote any more.
             Ok(Promotion::Done) => return,
+            Ok(Promotion::Busy) => self.look_due.store(true, Ordering::Release),
             Ok(_) => {}
             Err(error) => {
                 let error = format!("{error:#}");
                 tracing::warn!(digest = %self.digest, error, "not promoted");
-                // Stays asked: hashing all of it at every tick helps nobody. The next process may.
+                // Stays asked until then. What the kernel gave up writing it may still show us, and
+                // not after the next boot: not tried again here.
+                if !residence.pair().is_some_and(Pair::has_failed_to_sync) {
+                    let tick = self.shared.settings.tick;
+                    lock(&self.retry).failed(Instant::now(), tick.saturating_mul(2));
+                }
                 return;
             }
         }
@@ -184,6 +219,24 @@ impl Slot {
                     tracing::warn!(%dir, error, "no overlaybd.commit");
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pause_after_a_failure_doubles_up_to_its_limit_and_ends_once() {
+        let (begun, tick) = (Instant::now(), Duration::from_secs(10));
+        let mut retry = Retry::default();
+        assert!(!retry.take_due(begun + Duration::from_secs(1 << 20)), "nothing failed");
+        for seconds in [10, 20, 40, 80, 160, 320, 640, 1280, 2560, 3600, 3600] {
+            retry.failed(begun, tick);
+            assert!(!retry.take_due(begun + Duration::from_secs(seconds - 1)));
+            assert!(retry.take_due(begun + Duration::from_secs(seconds)), "{seconds}");
+            assert!(!retry.take_due(begun + Duration::from_secs(seconds)), "once");
         }
     }
 }
