@@ -167,3 +167,27 @@ fn a_blob_that_could_not_be_promoted_is_promoted_later() {
     eventually("promoted", || cached.stats().promoted == 1);
     assert_eq!(blob.requests(), 1);
 }
+
+#[test]
+fn a_folder_that_is_removed_while_it_is_used_is_made_again() {
+    let parent = tempfile::tempdir().unwrap();
+    for promotes in [false, true] {
+        let folder = parent.path().join("cache/v1");
+        let blob = Blob::new(66, 10 * EXTENT, EXTENT);
+        let cached = blob_in(&Cache::open(with_background(&folder)).unwrap(), &blob);
+        check_read(&cached, &blob, 0, if promotes { 10 * EXTENT } else { EXTENT });
+        eventually("as it should be", || cached.stats().promoted == u64::from(promotes));
+        // The background may make a name while they are all removed.
+        eventually("removed", || std::fs::remove_dir_all(parent.path().join("cache")).is_ok());
+        eventually("stored again", || {
+            check_read(&cached, &blob, 5 * EXTENT, EXTENT);
+            std::fs::exists(data_path(&folder, &blob)).unwrap() && cached.is_here(5 * 4096, 4096)
+        });
+        drop(cached);
+        let next = blob_in(&open(&folder, 4096), &blob);
+        check_read(&next, &blob, 5 * EXTENT, EXTENT);
+        assert_eq!((next.stats().verified, next.stats().fetches), (1, 0), "{promotes}");
+        drop(next);
+        std::fs::remove_dir_all(parent.path().join("cache")).unwrap();
+    }
+}

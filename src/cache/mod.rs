@@ -250,7 +250,15 @@ impl Shared {
     /// Opens the files of a blob, or does without; without a word when `is_known`.
     fn open(self: &Arc<Self>, digest: &BlobDigest, extents: Extents, is_known: bool) -> Residence {
         let Some(folder) = &self.folder else { return Residence::Nothing };
-        match folder.open(digest, extents) {
+        let opened = folder.open(digest, extents).or_else(|error| {
+            if error.kind() != ErrorKind::NotFound {
+                return Err(error);
+            }
+            // Somebody removed the folder.
+            folder.make()?;
+            folder.open(digest, extents)
+        });
+        match opened {
             Ok(opened) => opened.into(),
             Err(error) => {
                 // It may be our own unused blobs that fill the disk. The next tick tries again.

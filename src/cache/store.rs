@@ -55,12 +55,22 @@ impl Folder {
     /// # Errors
     /// `Io` and its relatives.
     pub(super) fn create(root: &Path, faults: Option<Arc<dyn DiskFaults>>) -> Result<Self> {
-        for folder in [root.join("partial"), root.join("whole")] {
+        let folder = Self { root: root.to_owned(), faults };
+        folder.make()?;
+        Ok(folder)
+    }
+
+    /// Makes what of the folder is not there.
+    ///
+    /// # Errors
+    /// As [`Folder::create`].
+    pub(super) fn make(&self) -> Result<()> {
+        for folder in [self.partial_folder(), self.whole_folder()] {
             let made = DirBuilder::new().recursive(true).mode(0o700).create(&folder);
             made.map_err(|error| Error::io(format!("make {}", folder.display()), &error))?;
             check_owner(&folder)?;
         }
-        Ok(Self { root: root.to_owned(), faults })
+        Ok(())
     }
 
     pub(super) fn map_path(&self, digest: &BlobDigest) -> PathBuf {
