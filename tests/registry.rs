@@ -3,9 +3,9 @@
 //!
 //! The faults are rows 5 to 10 of our fault matrix, and the tests are named by them: 5 credentials
 //! and redirects (`access`), 6 what is not there, 7 trouble that passes, 8 answers that lie
-//! (`faults`), 10 what is slow, cannot be reached (`reach`) or never comes to its point (`endless`).
-//! Row 9, bytes that are wrong in content, is the codec's checksums' to notice, and the cache's to
-//! fetch again; where a mirror is to blame for them, past it (`liars`).
+//! (`faults`), 10 what is slow or cannot be reached (`reach`). Row 9, bytes that are wrong in
+//! content, is the codec's checksums' to notice, and the cache's to fetch again; where a mirror is
+//! to blame for them, past it (`liars`).
 
 #![cfg(feature = "registry")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -14,8 +14,6 @@
 mod access;
 #[path = "registry/chaos.rs"]
 mod chaos;
-#[path = "registry/endless.rs"]
-mod endless;
 #[path = "registry/faults.rs"]
 mod faults;
 #[path = "registry/images.rs"]

@@ -91,6 +91,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             let done_logs = logs.trim(*to)?;
             let facts = json!({
                 "removed": done.removed,
+                "stuck": done.stuck,
                 "removed_bytes": done.removed_bytes,
                 "disk_bytes": done.bytes,
                 "removed_logs": done_logs.removed,
