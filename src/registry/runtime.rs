@@ -16,12 +16,6 @@ use tokio::runtime::{Builder, Handle, Runtime};
 /// miss. What is checked and stored is so by those who wait for it.
 const WORKERS: usize = 1;
 
-/// Tasks between two looks at clocks, sockets and what was handed over. A server that sends without
-/// end what is no body (1xx answers, zeros before the size of a chunk) keeps its connection's task
-/// ready, which takes tens of megabytes each time before it lets others go on: with the usual 61 no
-/// deadline was kept beside it.
-const TASKS_BETWEEN_LOOKS: u32 = 1;
-
 /// Threads for what blocks: name look-ups, credential files and helpers.
 const BLOCKING_MAX: usize = 16;
 
@@ -38,8 +32,6 @@ pub(super) fn handle() -> crate::error::Result<Handle> {
     }
     let started = Builder::new_multi_thread()
         .worker_threads(WORKERS)
-        .event_interval(TASKS_BETWEEN_LOOKS)
-        .global_queue_interval(TASKS_BETWEEN_LOOKS)
         .max_blocking_threads(BLOCKING_MAX)
         .thread_name("registry")
         .on_thread_start(mark_as_flusher)
@@ -97,35 +89,6 @@ fn mark_as_flusher() {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicU64, Ordering};
-
-    /// Counted in turns of that task, which a busy machine does not change.
-    #[test]
-    fn a_task_that_never_rests_keeps_no_clock_from_being_looked_at() {
-        let due = Instant::now() + Duration::from_millis(100);
-        let (turns, turns_when_due) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
-        let (counted, seen) = (Arc::clone(&turns), Arc::clone(&turns_when_due));
-        let restless = handle().unwrap().spawn(async move {
-            loop {
-                std::thread::sleep(Duration::from_millis(2));
-                let turn = counted.fetch_add(1, Ordering::SeqCst) + 1;
-                if Instant::now() >= due {
-                    let _ = seen.compare_exchange(0, turn, Ordering::SeqCst, Ordering::SeqCst);
-                }
-                tokio::task::yield_now().await;
-            }
-        });
-        let end = due + Duration::from_secs(60);
-        let woken_at = run(&handle().unwrap(), end, async move {
-            tokio::time::sleep_until(due.into()).await;
-            turns.load(Ordering::SeqCst)
-        });
-        restless.abort();
-        let since = woken_at.unwrap().saturating_sub(turns_when_due.load(Ordering::SeqCst));
-        // Clocks tick by the millisecond.
-        assert!(since <= 4, "{since} turns");
-    }
 
     #[test]
     fn work_that_nobody_does_or_that_dies_is_given_up() {
