@@ -19,9 +19,14 @@ use reqwest::header;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::time;
 
 /// The first pause before a registry is asked again that refused; each next one is twice as long.
 const ASK_AGAIN: Duration = Duration::from_secs(2);
+
+/// How long it may take to get what is wanted: longer than a credential helper and a token server
+/// together, so that it ends only what would never end, like a file on a disk that hangs.
+const OBTAIN_MAX: Duration = Duration::from_secs(60);
 
 /// What is shown to a registry.
 #[derive(Debug)]
@@ -42,6 +47,8 @@ pub(super) struct Access {
     state: Mutex<State>,
     flight: Flight<Result<Arc<Granted>, Fault>>,
     line: Semaphore,
+    /// How long a flight may take.
+    obtain_max: Duration,
 }
 
 #[derive(Debug, Default)]
@@ -79,7 +86,8 @@ impl Access {
         credentials: Arc<Credentials>,
     ) -> Self {
         let (state, flight) = (Mutex::default(), Flight::default());
-        Self { place, transport, credentials, state, flight, line: Semaphore::new(1) }
+        let (line, obtain_max) = (Semaphore::new(1), OBTAIN_MAX);
+        Self { place, transport, credentials, state, flight, line, obtain_max }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -98,7 +106,7 @@ impl Access {
                 drop(state);
                 if granted.renew_at.is_some_and(|at| now >= at) {
                     let access = Arc::clone(self);
-                    self.flight.begin(move || access.obtain(wanted));
+                    self.flight.begin(move || access.obtained(wanted));
                 }
                 return Ok(Some(granted));
             }
@@ -111,7 +119,17 @@ impl Access {
         let lost = || Fault::unavailable("the request for a token was lost");
         let wanted = wanted.ok_or_else(lost)?;
         let access = Arc::clone(self);
-        self.flight.join(move || access.obtain(wanted)).await.unwrap_or_else(|| Err(lost()))
+        self.flight.join(move || access.obtained(wanted)).await.unwrap_or_else(|| Err(lost()))
+    }
+
+    /// What is wanted, in bounded time: all join a flight that is under way, and one that never
+    /// lands would be the last.
+    async fn obtained(self: Arc<Self>, wanted: Wanted) -> Result<Arc<Granted>, Fault> {
+        let obtained = time::timeout(self.obtain_max, Arc::clone(&self).obtain(wanted)).await;
+        obtained.unwrap_or_else(|_| {
+            let (place, longest) = (&self.place, self.obtain_max);
+            Err(Fault::slow(format!("no credentials for {place} within {longest:?}")))
+        })
     }
 
     async fn obtain(self: Arc<Self>, wanted: Wanted) -> Result<Arc<Granted>, Fault> {
@@ -253,7 +271,40 @@ impl Access {
             if self.note(self.credentials.stamp().await, denied.stamp) {
                 return permit;
             }
-            tokio::time::sleep(Duration::from_millis(CREDENTIAL_LOOK_MS)).await;
+            time::sleep(Duration::from_millis(CREDENTIAL_LOOK_MS)).await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::registry::credentials::Source;
+    use crate::registry::options::Options;
+    use std::net::TcpListener;
+
+    #[test]
+    fn what_is_not_to_be_had_in_time_is_tried_again_by_the_next() {
+        // It lets connect, and says nothing.
+        let service = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = Secret::new(format!("http://{}/auth", service.local_addr().unwrap()));
+        let timeout = Duration::from_secs(3600);
+        let source = Source::Http { url, timeout, ca_file: None, client_certificate: None };
+        let transport = Arc::new(Transport::new(&Options::default()).unwrap());
+        let credentials = Arc::new(Credentials::new(&[source]).unwrap());
+        let place = BlobPlace::parse("https://reg.example.com/v2/a/b/blobs").unwrap();
+        let mut access = Access::new(place, transport, credentials);
+        access.obtain_max = Duration::from_millis(100);
+        access.state().wanted = Some(Wanted::Basic);
+        let access = Arc::new(access);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        for _ in 0..2 {
+            let started = Instant::now();
+            let limit = Duration::from_secs(30);
+            let got = runtime.block_on(async { time::timeout(limit, access.granted()).await });
+            let fault = got.expect("it ends by itself").unwrap_err();
+            assert!(fault.text.ends_with("within 100ms"), "{}", fault.text);
+            assert!(started.elapsed() >= Duration::from_millis(100), "asked anew");
         }
     }
 }

@@ -11,8 +11,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{CREDENTIAL_BYTES_MAX, CREDENTIAL_HELPER_MS_MAX};
 use reqwest::{Certificate, Client, Identity, Url};
 use std::fmt;
+use std::fs::OpenOptions;
 use std::io::{self, Read as _};
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, SystemTime};
@@ -166,8 +167,13 @@ fn read_pem(path: &Path) -> Result<Vec<u8>> {
 }
 
 fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
+    // Opening a FIFO waits for whoever writes to it, which may be nobody for ever.
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file"));
+    }
     let mut bytes = Vec::new();
-    std::fs::File::open(path)?.take(CREDENTIAL_BYTES_MAX).read_to_end(&mut bytes)?;
+    file.take(CREDENTIAL_BYTES_MAX).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 

@@ -187,6 +187,23 @@ fn row_5_passwords_are_taken_from_dockers_file() {
 }
 
 #[test]
+fn row_5_a_credential_file_that_would_hang_is_refused_until_it_is_a_right_one() {
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("config.json");
+    mknodat(CWD, &path, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+    let lab = Lab::new();
+    lab.mock.state().auth = Auth::Basic(basic());
+    let registry = lab.registry(with_file(&path));
+    let blob = lab.blob(&registry);
+    let error = lab.read(&blob, 0..1000, Duration::from_secs(1)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unauthorized, "{error:?}");
+    assert!(format!("{error:#}").contains("it is no regular file"), "{error:?}");
+    write_credentials(&path, &lab.mock.host(), PASSWORD);
+    assert_eq!(lab.read(&blob, 0..1000, ENOUGH).unwrap(), lab.content[..1000]);
+}
+
+#[test]
 fn row_5_a_refusal_waits_for_the_credential_that_works() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("config.json");
