@@ -206,9 +206,14 @@ impl Access {
         }
     }
 
-    /// Forgets what was asked for, which led nowhere; what that was.
+    /// Forgets what was asked for, which led nowhere; what that was. `None` when others have got it
+    /// meanwhile, or something else.
     pub(super) fn forget(&self) -> Option<Wanted> {
-        let mut state = self.state();
+        let (mut state, now) = (self.state(), Instant::now());
+        let is_good = |granted: &Arc<Granted>| granted.end.is_none_or(|end| now < end);
+        if state.granted.as_ref().is_some_and(is_good) {
+            return None;
+        }
         state.granted = None;
         state.wanted.take()
     }
