@@ -332,6 +332,23 @@ fn pairs_of_the_reference_are_written_to_and_read_as_images() {
     }
 }
 
+/// A program that another thread had just forked kept the lock of a closed pair for that moment:
+/// the pair seemed to be written by another process.
+#[test]
+fn a_lock_that_is_kept_for_a_moment_is_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let (paths, options) = (fresh(folder.path(), 8), options(folder.path()));
+    let held = std::fs::File::open(&paths.data).unwrap();
+    held.try_lock().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+            drop(held);
+        });
+        assert!(Pair::open(&paths, &options).is_ok());
+    });
+}
+
 #[test]
 fn a_reader_of_a_pair_does_not_hold_space_back_when_it_is_gone() {
     let folder = tempfile::tempdir().unwrap();

@@ -10,10 +10,11 @@ use super::secret::Secret;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{CREDENTIAL_BYTES_MAX, CREDENTIAL_HELPER_MS_MAX};
 use reqwest::{Certificate, Client, Identity, Url};
+use rustix::fs::{Mode, OFlags};
 use std::fmt;
-use std::fs::OpenOptions;
+use std::fs::File;
 use std::io::{self, Read as _};
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, SystemTime};
@@ -168,7 +169,8 @@ fn read_pem(path: &Path) -> Result<Vec<u8>> {
 
 fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
     // Opening a FIFO waits for whoever writes to it, which may be nobody for ever.
-    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
     if !file.metadata()?.is_file() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file"));
     }

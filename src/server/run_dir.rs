@@ -338,6 +338,8 @@ mod tests {
                     if let Some(slot) = run.lock(3).unwrap() {
                         slot.remove().unwrap();
                         removed.fetch_add(1, Ordering::AcqRel);
+                        // As it is: an attach looks for remains once, not a hundred times in a row.
+                        std::thread::sleep(Duration::from_millis(1));
                     }
                 }
             });

@@ -23,6 +23,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Condvar, Mutex, OnceLock, RwLock};
+use std::time::Duration;
 
 /// The variable that moves the run folder, for tests and for several instances on one host.
 pub const RUN_DIR_VARIABLE: &str = "OBD_UBLK_RUN_DIR";
@@ -349,9 +350,22 @@ pub(super) fn check_distinct(
     Ok(())
 }
 
+/// How often the lock is tried, a millisecond apart: what a writer was forking when it closed the
+/// pair, or was killed, has the lock with it until its own program begins.
+const LOCK_TRIES_MAX: u32 = 200;
+
 /// Locks the pair, or tells who has it. The lock goes with the last descriptor of the open file.
+/// Blocks for a fifth of a second when somebody has it.
 pub(super) fn lock_data(data: &File, name: &str, journal: &Path) -> Result<()> {
-    match data.try_lock() {
+    let mut locked = data.try_lock();
+    for _ in 1..LOCK_TRIES_MAX {
+        if !matches!(locked, Err(TryLockError::WouldBlock)) {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+        locked = data.try_lock();
+    }
+    match locked {
         Ok(()) => Ok(()),
         Err(TryLockError::Error(error)) => Err(Error::io(format!("lock {name}"), &error)),
         Err(TryLockError::WouldBlock) => {
