@@ -13,33 +13,18 @@ use obd_ublk::cache::{
     BlobDigest, Cache, CachedBlob, Commit, DiskStep, Maintenance, Promotion, Settings,
 };
 use obd_ublk::error::ErrorKind;
-use obd_ublk::source::{Fetch, RemoteBlob};
-use source::{BadDisk, Blob, digest_of, eventually, open, quiet};
+use obd_ublk::source::RemoteBlob;
+use source::{
+    BadDisk, Blob, EXTENT, blob_in, check_read, data_path, digest_of, eventually, open, quiet,
+};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-const EXTENT: usize = 4096;
-
-fn blob_in(cache: &Cache, blob: &Arc<Blob>) -> CachedBlob {
-    let fetch: Arc<dyn Fetch> = Arc::clone(blob) as Arc<dyn Fetch>;
-    cache.blob(&blob.digest, fetch).unwrap()
-}
-
-fn check_read(cached: &CachedBlob, blob: &Blob, at: usize, length: usize) {
-    let mut found = vec![0; length];
-    cached.read(u64::try_from(at).unwrap(), &mut found).unwrap();
-    assert!(found == blob.bytes[at..at + length], "{length} bytes at {at}");
-}
-
 fn read_error(cached: &CachedBlob, at: u64, length: usize) -> obd_ublk::error::Error {
     cached.read(at, &mut vec![0; length]).unwrap_err()
-}
-
-fn data_path(folder: &Path, blob: &Blob) -> PathBuf {
-    folder.join("partial").join(format!("{}.data", blob.digest.hex()))
 }
 
 fn map_path(folder: &Path, blob: &Blob) -> PathBuf {
@@ -705,27 +690,6 @@ fn an_open_blob_that_nobody_reads_is_evicted_and_its_space_comes_back() {
     assert_eq!(data.metadata().unwrap().nlink(), 0);
     check_read(&cached, &blob, 0, 50 * EXTENT);
     assert_eq!(cached.stats().degraded, 0);
-}
-
-#[test]
-fn storing_goes_on_when_others_made_room() {
-    let folder = tempfile::tempdir().unwrap();
-    let (old, new) = (Blob::new(31, 100 * EXTENT, EXTENT), Blob::new(32, 100 * EXTENT, EXTENT));
-    let other = blob_in(&open(folder.path(), 4096), &old);
-    check_read(&other, &old, 0, 100 * EXTENT);
-    let tick = Duration::from_millis(30);
-    let settings = Settings { quota_bytes: 300 << 10, tick, ..quiet(folder.path(), 4096) };
-    let cached = blob_in(&Cache::open(settings).unwrap(), &new);
-    for at in 0..20 {
-        check_read(&cached, &new, at * EXTENT, EXTENT);
-    }
-    assert!(cached.stats().degraded > 0, "the other one is in use and takes more than the quota");
-    drop(other);
-    std::thread::sleep(2 * tick);
-    check_read(&cached, &new, 30 * EXTENT, EXTENT);
-    check_read(&cached, &new, 40 * EXTENT, EXTENT);
-    assert!(cached.is_here(40 * 4096, 4096));
-    assert!(!data_path(folder.path(), &old).exists());
 }
 
 #[test]

@@ -8,11 +8,11 @@
 #[path = "cache/source.rs"]
 mod source;
 
-use obd_ublk::cache::{Cache, CachedBlob, Commit, DiskFaults, DiskStep, Maintenance, Promotion};
+use obd_ublk::cache::{Cache, Commit, DiskFaults, DiskStep, Maintenance, Promotion};
 use obd_ublk::error::Result;
 use obd_ublk::limits::{BLOB_REQUESTS_AT_ONCE_MAX, CACHE_AHEAD_AT_ONCE_MAX};
 use obd_ublk::source::{Fetch, RemoteBlob};
-use source::{Blob, eventually, open, quiet};
+use source::{Blob, EXTENT, blob_in, check_read, data_path, eventually, open, quiet};
 use std::fmt;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -20,18 +20,6 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
-
-const EXTENT: usize = 4096;
-
-fn blob_in(cache: &Cache, blob: &Arc<Blob>) -> CachedBlob {
-    cache.blob(&blob.digest, Arc::clone(blob) as Arc<dyn Fetch>).unwrap()
-}
-
-fn check_read(cached: &CachedBlob, blob: &Blob, at: usize, length: usize) {
-    let mut found = vec![0; length];
-    cached.read(u64::try_from(at).unwrap(), &mut found).unwrap();
-    assert!(found == blob.bytes[at..at + length], "{length} bytes at {at}");
-}
 
 fn maintenance(folder: &Path) -> Maintenance {
     Maintenance::open(&quiet(folder, 4096)).unwrap()
@@ -42,8 +30,7 @@ fn whole_path(folder: &Path, blob: &Blob) -> PathBuf {
 }
 
 fn damage(folder: &Path, blob: &Blob, at: u64) {
-    let path = folder.join("partial").join(format!("{}.data", blob.digest.hex()));
-    let file = std::fs::File::options().write(true).open(path).unwrap();
+    let file = std::fs::File::options().write(true).open(data_path(folder, blob)).unwrap();
     file.write_all_at(b"damage", at).unwrap();
 }
 

@@ -8,28 +8,41 @@
 mod source;
 
 use obd_ublk::cache::{Cache, CachedBlob, DiskFaults, DiskStep, Maintenance, Settings};
-use obd_ublk::source::{Fetch, RemoteBlob};
-use source::{BadDisk, Blob, eventually, open, quiet};
+use obd_ublk::source::RemoteBlob;
+use source::{BadDisk, Blob, EXTENT, blob_in, check_read, data_path, eventually, open, quiet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-const EXTENT: usize = 4096;
+const TICK: Duration = Duration::from_millis(30);
 
-fn blob_in(cache: &Cache, blob: &Arc<Blob>) -> CachedBlob {
-    cache.blob(&blob.digest, Arc::clone(blob) as Arc<dyn Fetch>).unwrap()
+/// A reader of `new` that stores nothing more, because a reader of `old`, which comes first, takes
+/// more than the quota.
+fn over_the_quota(folder: &Path, old: &Arc<Blob>, new: &Arc<Blob>) -> (CachedBlob, CachedBlob) {
+    let other = blob_in(&open(folder, 4096), old);
+    check_read(&other, old, 0, 100 * EXTENT);
+    let settings = Settings { quota_bytes: 300 << 10, tick: TICK, ..quiet(folder, 4096) };
+    let cached = blob_in(&Cache::open(settings).unwrap(), new);
+    for at in 0..20 {
+        check_read(&cached, new, at * EXTENT, EXTENT);
+    }
+    assert!(cached.stats().degraded > 0, "the other one is in use and takes more than the quota");
+    (other, cached)
 }
 
-fn check_read(cached: &CachedBlob, blob: &Blob, at: usize, length: usize) {
-    let mut found = vec![0; length];
-    cached.read(u64::try_from(at).unwrap(), &mut found).unwrap();
-    assert!(found == blob.bytes[at..at + length], "{length} bytes at {at}");
-}
-
-fn data_path(folder: &Path, blob: &Blob) -> PathBuf {
-    folder.join("partial").join(format!("{}.data", blob.digest.hex()))
+#[test]
+fn storing_goes_on_when_others_made_room() {
+    let folder = tempfile::tempdir().unwrap();
+    let (old, new) = (Blob::new(31, 100 * EXTENT, EXTENT), Blob::new(32, 100 * EXTENT, EXTENT));
+    let (other, cached) = over_the_quota(folder.path(), &old, &new);
+    drop(other);
+    std::thread::sleep(2 * TICK);
+    check_read(&cached, &new, 30 * EXTENT, EXTENT);
+    check_read(&cached, &new, 40 * EXTENT, EXTENT);
+    assert!(cached.is_here(40 * 4096, 4096));
+    assert!(!data_path(folder.path(), &old).exists());
 }
 
 /// Nobody looked at the quota again after a look that failed, so that nothing was stored any more.
@@ -37,22 +50,14 @@ fn data_path(folder: &Path, blob: &Blob) -> PathBuf {
 fn storing_goes_on_after_a_look_at_the_quota_that_failed() {
     let folder = tempfile::tempdir().unwrap();
     let (old, new) = (Blob::new(60, 100 * EXTENT, EXTENT), Blob::new(61, 100 * EXTENT, EXTENT));
-    let other = blob_in(&open(folder.path(), 4096), &old);
-    check_read(&other, &old, 0, 100 * EXTENT);
-    let tick = Duration::from_millis(30);
-    let settings = Settings { quota_bytes: 300 << 10, tick, ..quiet(folder.path(), 4096) };
-    let cached = blob_in(&Cache::open(settings).unwrap(), &new);
-    for at in 0..20 {
-        check_read(&cached, &new, at * EXTENT, EXTENT);
-    }
-    assert!(cached.stats().degraded > 0, "the other one is in use and takes more than the quota");
+    let (other, cached) = over_the_quota(folder.path(), &old, &new);
     let (whole, away) = (folder.path().join("whole"), folder.path().join("away"));
     std::fs::rename(&whole, &away).unwrap();
-    std::thread::sleep(2 * tick);
+    std::thread::sleep(2 * TICK);
     check_read(&cached, &new, 30 * EXTENT, EXTENT);
     std::fs::rename(&away, &whole).unwrap();
     drop(other);
-    std::thread::sleep(2 * tick);
+    std::thread::sleep(2 * TICK);
     check_read(&cached, &new, 40 * EXTENT, EXTENT);
     check_read(&cached, &new, 50 * EXTENT, EXTENT);
     assert!(cached.is_here(50 * 4096, 4096));

@@ -38,6 +38,12 @@ pub(super) struct Granted {
     renew_at: Option<Instant>,
 }
 
+impl Granted {
+    fn is_good(&self, now: Instant) -> bool {
+        self.end.is_none_or(|end| now < end)
+    }
+}
+
 /// Leave to read one repository.
 #[derive(Debug)]
 pub(super) struct Access {
@@ -100,8 +106,7 @@ impl Access {
         {
             let state = self.state();
             let Some(wanted) = state.wanted.clone() else { return Ok(None) };
-            let good = |granted: &&Arc<Granted>| granted.end.is_none_or(|end| now < end);
-            if let Some(granted) = state.granted.as_ref().filter(good) {
+            if let Some(granted) = state.granted.as_ref().filter(|granted| granted.is_good(now)) {
                 let granted = Arc::clone(granted);
                 drop(state);
                 if granted.renew_at.is_some_and(|at| now >= at) {
@@ -209,9 +214,8 @@ impl Access {
     /// Forgets what was asked for, which led nowhere; what that was. `None` when others have got it
     /// meanwhile, or something else.
     pub(super) fn forget(&self) -> Option<Wanted> {
-        let (mut state, now) = (self.state(), Instant::now());
-        let is_good = |granted: &Arc<Granted>| granted.end.is_none_or(|end| now < end);
-        if state.granted.as_ref().is_some_and(is_good) {
+        let mut state = self.state();
+        if state.granted.as_ref().is_some_and(|granted| granted.is_good(Instant::now())) {
             return None;
         }
         state.granted = None;

@@ -6,13 +6,13 @@
 #[path = "../common/random.rs"]
 mod random;
 
-use obd_ublk::cache::{BlobDigest, Cache, DiskFaults, DiskStep, Settings};
+use obd_ublk::cache::{BlobDigest, Cache, CachedBlob, DiskFaults, DiskStep, Settings};
 use obd_ublk::error::{Error, ErrorKind, Result};
-use obd_ublk::source::Fetch;
+use obd_ublk::source::{Fetch, RemoteBlob};
 pub(crate) use random::Random;
 use sha2::{Digest, Sha256};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -177,4 +177,22 @@ pub(crate) fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
         assert!(Instant::now() < end, "never: {what}");
         std::thread::sleep(Duration::from_millis(2));
     }
+}
+
+/// Bytes of the extents of most tests.
+pub(crate) const EXTENT: usize = 4096;
+
+pub(crate) fn blob_in(cache: &Cache, blob: &Arc<Blob>) -> CachedBlob {
+    cache.blob(&blob.digest, Arc::clone(blob) as Arc<dyn Fetch>).unwrap()
+}
+
+pub(crate) fn check_read(cached: &CachedBlob, blob: &Blob, at: usize, length: usize) {
+    let mut found = vec![0; length];
+    cached.read(u64::try_from(at).unwrap(), &mut found).unwrap();
+    assert!(found == blob.bytes[at..at + length], "{length} bytes at {at}");
+}
+
+/// Where what is here of a blob in part has its data.
+pub(crate) fn data_path(folder: &Path, blob: &Blob) -> PathBuf {
+    folder.join("partial").join(format!("{}.data", blob.digest.hex()))
 }
