@@ -5,7 +5,7 @@ use super::client::{Counters, Host, Registry};
 use super::digest::Digest;
 use super::fault::Fault;
 use super::range::{self, Accepted, Asked, Refusal};
-use super::route::Route;
+use super::route::{Ask, Route};
 use super::runtime::{self, Lost};
 use super::tries::Tries;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
@@ -177,6 +177,9 @@ impl Parts {
         };
         let (host, access) = (Arc::clone(&self.host), Arc::clone(own.access()));
         let mut tries = Tries::new((&self.registry, &self.counters), host, access, deadline);
+        if ways == Ways::All && self.routes.len() > 1 {
+            tries = tries.by_several_ways();
+        }
         loop {
             let told = piece.missing();
             let told = || format!("fetch bytes {} to {} of {}", told.start, told.end, self.name);
@@ -232,9 +235,10 @@ impl Parts {
 
     async fn attempt_by(&self, route: &Route, piece: &mut Piece<'_>) -> Result<Accepted, Fault> {
         let asked = Asked { bytes: piece.missing(), total_bytes: piece.total_bytes };
-        self.counters.requests.fetch_add(1, Ordering::Relaxed);
         let wanted = format!("bytes={}-{}", asked.bytes.start, asked.bytes.end - 1);
-        let answer = route.open(&self.registry, &vec![(header::RANGE, wanted)]).await?;
+        let headers = vec![(header::RANGE, wanted)];
+        let (registry, own) = (&*self.registry, &self.counters);
+        let answer = route.open(Ask { registry, own, headers: &headers }).await?;
         let refused = |refusal: Refusal| {
             let fault = Fault::malformed(format!("{}: {refusal}", answer.place));
             match refusal {

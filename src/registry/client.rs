@@ -62,7 +62,6 @@ pub(super) struct Host {
 #[derive(Debug)]
 struct HostState {
     budget: Budget,
-    held_until: Instant,
     as_mirror: Rest,
 }
 
@@ -138,23 +137,12 @@ impl Host {
     fn new() -> Self {
         let now = Instant::now();
         let budget = Budget::new(now);
-        let state = HostState { budget, held_until: now, as_mirror: Rest::new(now) };
+        let state = HostState { budget, as_mirror: Rest::new(now) };
         Self { line: Semaphore::new(REGISTRY_REQUESTS_AT_ONCE_MAX), state: Mutex::new(state) }
     }
 
     fn with<T>(&self, act: impl FnOnce(&mut HostState) -> T) -> T {
         act(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// How long this host is to be left alone, as it asked.
-    pub(super) fn held(&self) -> Duration {
-        self.with(|state| state.held_until.saturating_duration_since(Instant::now()))
-    }
-
-    /// Leaves the host alone for so long.
-    pub(super) fn hold(&self, pause: Duration) {
-        let until = Instant::now() + pause;
-        self.with(|state| state.held_until = state.held_until.max(until));
     }
 
     /// What to know and to note of this host as a mirror or peer.

@@ -25,7 +25,7 @@ pub(super) struct Fault {
     pub(super) remedy: Remedy,
     pub(super) kind: ErrorKind,
     pub(super) text: String,
-    /// How long the server asks to be left alone.
+    /// How long the host asks to be left alone.
     pub(super) retry_after: Option<Duration>,
 }
 
@@ -47,6 +47,13 @@ impl Fault {
     /// Too slow.
     pub(super) fn slow(text: impl Into<String>) -> Self {
         Self::new(Remedy::Wait, ErrorKind::Timeout, text)
+    }
+
+    /// A host that is to be left alone for so long, and was not asked.
+    pub(super) fn on_hold(place: &str, left: Duration) -> Self {
+        let text = format!("{place}: to be left alone for {left:.1?} more, as it asked");
+        let retry_after = Some(left);
+        Self { retry_after, ..Self::new(Remedy::Hold, ErrorKind::Unavailable, text) }
     }
 
     /// Other credentials are wanted.

@@ -9,7 +9,7 @@ use super::digest::Digest;
 use super::fault::Fault;
 use super::manifest::{self, Descriptor, Document, Manifest, Platform};
 use super::reference::Reference;
-use super::route::Route;
+use super::route::{Ask, Route};
 use super::tries::Tries;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::limits::{INDEX_DEPTH_MAX, MANIFEST_BYTES_MAX};
@@ -207,7 +207,7 @@ impl Registry {
         loop {
             let trying = async {
                 tries.before(&access, true).await?;
-                Ok(self.attempt_document(&route, digest).await)
+                Ok(self.attempt_document(&route, digest, &own).await)
             };
             let outcome = match time::timeout_at(deadline.into(), trying).await {
                 Ok(outcome) => outcome?,
@@ -227,9 +227,10 @@ impl Registry {
         &self,
         route: &Route,
         digest: Option<&Digest>,
+        own: &Counters,
     ) -> Result<Vec<u8>, Fault> {
-        let accepted = manifest::MEDIA_TYPES.join(", ");
-        let answer = route.open(self, &vec![(header::ACCEPT, accepted)]).await?;
+        let headers = vec![(header::ACCEPT, manifest::MEDIA_TYPES.join(", "))];
+        let answer = route.open(Ask { registry: self, own, headers: &headers }).await?;
         let place = answer.place.clone();
         if answer.status() != 200 {
             let status = answer.status();

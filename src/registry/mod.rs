@@ -10,7 +10,7 @@
 //!         transport          one request and one answer, at a pace that is watched
 //!            resolver, runtime
 //!
-//!   range  challenge  retry  rest  redirect  reference  digest  blob_url  manifest
+//!   range  challenge  retry  rest  holds  redirect  reference  digest  blob_url  manifest
 //!                            text and numbers
 //! ```
 //!
@@ -28,10 +28,11 @@
 //! it is complete, by its digest.
 //!
 //! **Patient, within a deadline.** What passes is retried with growing pauses and jitter, from
-//! where it stopped. All that concerns one host shares a budget of retries, and the pause that it
-//! asks for with `Retry-After`. A refusal (401, 403) waits for a credential that works. What will
-//! not change (404, 416, another length, a digest, a certificate) fails at once. The error's kind
-//! is that of the last thing that went wrong, so that errno and exit code say why.
+//! where it stopped. All that concerns one registry shares a budget of retries. Whoever asks for a
+//! pause with `Retry-After`, be it a registry, store, mirror or token server, gets it from
+//! everybody, and others serve meanwhile. A refusal (401, 403) waits for a credential that works.
+//! What will not change (404, 416, another length, a digest, a certificate) fails at once. The
+//! error's kind is that of the last thing that went wrong, so that errno and exit code say why.
 //!
 //! **Apart.** Calls block their own thread; sockets are polled by a thread that the process has for
 //! this, started at first use, on which nothing blocks. Each host and each blob has its own line of
@@ -59,6 +60,7 @@ mod fault;
 mod flight;
 #[cfg(test)]
 mod flight_tests;
+mod holds;
 mod image;
 mod manifest;
 mod options;

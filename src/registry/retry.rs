@@ -14,6 +14,8 @@ pub(super) enum Remedy {
     Wait,
     /// A few tries: an answer that should not be, from a cache or proxy on the way.
     Few,
+    /// Time, as long as the host asked for; nothing was sent.
+    Hold,
     /// Another token or another credential.
     Credentials,
     /// Nothing.

@@ -6,7 +6,7 @@
 
 use super::access::{Access, Granted, Turn};
 use super::blob_url::Origin;
-use super::client::{Host, Registry};
+use super::client::{Counters, Host, Registry};
 use super::fault::Fault;
 use super::redirect;
 use super::rest::Rest;
@@ -17,7 +17,6 @@ use crate::limits::{MIRROR_REST_MS, REDIRECTS_MAX};
 use reqwest::Url;
 use reqwest::header::{self, HeaderName};
 use std::mem;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -27,6 +26,15 @@ const TURNS_MAX: usize = 4;
 
 /// Headers of a request.
 pub(super) type Headers = Vec<(HeaderName, String)>;
+
+/// What is wanted of a way.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ask<'a> {
+    pub(super) registry: &'a Registry,
+    /// The counters of who asks.
+    pub(super) own: &'a Counters,
+    pub(super) headers: &'a Headers,
+}
 
 /// One way to one document or blob.
 #[derive(Debug)]
@@ -122,18 +130,16 @@ impl Route {
     }
 
     /// An answer of status 200 or 206.
-    pub(super) async fn open(
-        &self,
-        registry: &Registry,
-        headers: &Headers,
-    ) -> Result<Answer, Fault> {
+    pub(super) async fn open(&self, to: Ask<'_>) -> Result<Answer, Fault> {
         if let Some(url) = self.remembered() {
-            match self.send(registry, &url, headers, None).await {
+            match self.send(to, &url, None).await {
                 Ok(answer) if matches!(answer.status(), 200 | 206) => return Ok(answer),
                 Ok(answer) if is_trouble(answer.status()) => {
                     self.doubt(&answer);
                     return Err(answer.fault());
                 }
+                // What is remembered is as good as before, and the registry knows no better.
+                Err(fault) if fault.remedy == Remedy::Hold => return Err(fault),
                 // It has ended before its time, or leads nowhere any more: ask for a new one.
                 Ok(_) | Err(_) => self.remember(None),
             }
@@ -153,7 +159,7 @@ impl Route {
             let granted = match self.access.granted().await {
                 Ok(granted) => granted,
                 // What was wanted once is not to be had; ask what is wanted now.
-                Err(fault) if may_forget => {
+                Err(fault) if may_forget && fault.remedy != Remedy::Hold => {
                     may_forget = false;
                     let wanted = self.access.forget();
                     before = wanted
@@ -164,7 +170,7 @@ impl Route {
                 Err(fault) => return Err(fault),
             };
             may_forget &= granted.is_some();
-            let answer = self.send(registry, &self.url, headers, granted.as_ref()).await?;
+            let answer = self.send(to, &self.url, granted.as_ref()).await?;
             match answer.status() {
                 200 | 206 => {
                     self.access.allow();
@@ -181,7 +187,7 @@ impl Route {
                 }
                 status if redirect::is_redirect(status) => {
                     self.access.allow();
-                    return self.follow(registry, answer, headers, granted.as_ref()).await;
+                    return self.follow(to, answer, granted.as_ref()).await;
                 }
                 _ => return Err(answer.fault()),
             }
@@ -191,30 +197,29 @@ impl Route {
 
     async fn send(
         &self,
-        registry: &Registry,
+        to: Ask<'_>,
         url: &Url,
-        headers: &Headers,
         granted: Option<&Arc<Granted>>,
     ) -> Result<Answer, Fault> {
-        registry.counters.requests.fetch_add(1, Ordering::Relaxed);
         let may_carry = self.origin.as_ref().is_some_and(|own| redirect::may_carry(own, url));
         let secret = granted.filter(|_| may_carry).map(|granted| &granted.header);
-        let mut request = Request::get(url).authorization(secret).head_within(self.head_max);
-        for (name, value) in headers {
+        let counters = [&to.registry.counters.requests, &to.own.requests];
+        let mut request =
+            Request::get(url).authorization(secret).head_within(self.head_max).counted_by(counters);
+        for (name, value) in to.headers {
             request = request.header(name.clone(), value.as_str());
         }
         if url != &self.url {
             // Some stores let in only who was sent by the registry.
             request = request.header(header::REFERER, redirect::shown(&self.url));
         }
-        registry.transport.send(request).await
+        to.registry.transport.send(request).await
     }
 
     async fn follow(
         &self,
-        registry: &Registry,
+        to: Ask<'_>,
         first: Answer,
-        headers: &Headers,
         granted: Option<&Arc<Granted>>,
     ) -> Result<Answer, Fault> {
         let (mut url, mut answer) = (self.url.clone(), first);
@@ -230,7 +235,7 @@ impl Route {
             good_for = good_for.min(lifetime);
             url = next;
             answer.drain().await;
-            answer = self.send(registry, &url, headers, granted).await?;
+            answer = self.send(to, &url, granted).await?;
             match answer.status() {
                 200 | 206 => {
                     let until = Instant::now() + good_for;

@@ -1,13 +1,15 @@
 //! One request, one answer: connections, TLS, proxies, and how slow is too slow.
 //!
-//! No redirect is followed here and nothing is tried again; that is decided above.
+//! No redirect is followed here and nothing is tried again; that is decided above. Who asked to be
+//! left alone is not asked, whoever wants to.
 
 use super::blob_url::Origin;
 use super::fault::Fault;
+use super::holds::Holds;
 use super::options::{Options, Pace};
 use super::redirect;
 use super::resolver::Resolver;
-use super::retry;
+use super::retry::{self, Remedy};
 use super::secret::Secret;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::limits::{CONFIG_BYTES_MAX, REGISTRY_PIECES_AT_ONCE_MAX};
@@ -18,7 +20,8 @@ use std::error::Error as _;
 use std::io::Read as _;
 use std::path::Path;
 use std::pin::Pin;
-use std::time::{Duration, SystemTime};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime};
 use tokio::time;
 
 /// How long an idle connection is kept: shorter than the 60 s after which servers and the networks
@@ -42,6 +45,8 @@ pub(super) struct Request<'a> {
     pub(super) body: Option<Secret>,
     /// How long the answer's head may take; `None` for as long as usual.
     pub(super) head_max: Option<Duration>,
+    /// Who counts it, if it is sent.
+    pub(super) counted_by: [Option<&'a AtomicU64>; 2],
 }
 
 impl<'a> Request<'a> {
@@ -53,6 +58,7 @@ impl<'a> Request<'a> {
             authorization: None,
             body: None,
             head_max: None,
+            counted_by: [None; 2],
         }
     }
 
@@ -70,6 +76,12 @@ impl<'a> Request<'a> {
         self.head_max = head_max;
         self
     }
+
+    pub(super) const fn counted_by(mut self, counters: [&'a AtomicU64; 2]) -> Self {
+        let [one, other] = counters;
+        self.counted_by = [Some(one), Some(other)];
+        self
+    }
 }
 
 /// The clients: one that verifies certificates, and one for hosts that were named insecure.
@@ -79,6 +91,7 @@ pub(super) struct Transport {
     lax: Option<Client>,
     insecure_hosts: Vec<String>,
     plain_hosts: Vec<String>,
+    holds: Holds,
     pub(super) pace: Pace,
 }
 
@@ -93,7 +106,8 @@ impl Transport {
         };
         let insecure_hosts = options.insecure_hosts.clone();
         let plain_hosts = options.plain_hosts.clone();
-        Ok(Self { strict, lax, insecure_hosts, plain_hosts, pace: options.pace })
+        let (holds, pace) = (Holds::default(), options.pace);
+        Ok(Self { strict, lax, insecure_hosts, plain_hosts, holds, pace })
     }
 
     /// Whether that host was named insecure.
@@ -110,6 +124,10 @@ impl Transport {
     pub(super) async fn send(&self, request: Request<'_>) -> Result<Answer, Fault> {
         let place = redirect::shown(request.url);
         let host = Origin::of(request.url).map(|origin| origin.host).unwrap_or_default();
+        let held = self.holds.left(&host, Instant::now());
+        if !held.is_zero() {
+            return Err(Fault::on_hold(&place, held));
+        }
         let client = match &self.lax {
             Some(lax) if self.is_insecure(&host) => lax,
             _ => &self.strict,
@@ -128,11 +146,19 @@ impl Transport {
             builder = builder.body(body.reveal().to_owned());
         }
         let head = request.head_max.map_or(self.pace.head, |most| most.min(self.pace.head));
+        for counter in request.counted_by.into_iter().flatten() {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
         let sent = time::timeout(head, builder.send()).await;
         let response = sent
             .map_err(|_| Fault::slow(format!("no answer within {head:?} from {place}")))?
             .map_err(|error| failed(error, &place))?;
-        Ok(Answer { response, place, pace: self.pace })
+        let answer = Answer { response, place, pace: self.pace };
+        let is_trouble = retry::classify(answer.status()).0 == Remedy::Wait;
+        if let Some(pause) = answer.retry_after().filter(|_| is_trouble) {
+            self.holds.add(&host, pause, Instant::now());
+        }
+        Ok(answer)
     }
 }
 

@@ -25,6 +25,8 @@ pub(super) struct Tries<'a> {
     attempts: u32,
     malformed: u32,
     last: Option<Fault>,
+    /// Whether mirrors or peers may serve what the registry does not.
+    has_others: bool,
     /// Our turn to ask for all who were refused.
     turn: Option<SemaphorePermit<'a>>,
 }
@@ -37,9 +39,26 @@ impl<'a> Tries<'a> {
         deadline: Instant,
     ) -> Self {
         let backoff = Backoff::new(fastrand::Rng::new());
-        let (attempts, malformed) = (0, 0);
-        let (last, turn) = (None, None);
-        Self { registry, own, host, access, deadline, backoff, attempts, malformed, last, turn }
+        Self {
+            registry,
+            own,
+            host,
+            access,
+            deadline,
+            backoff,
+            attempts: 0,
+            malformed: 0,
+            last: None,
+            has_others: false,
+            turn: None,
+        }
+    }
+
+    /// A registry that wants to be left alone is no reason to wait as long as that: mirrors or
+    /// peers may be well again before.
+    pub(super) const fn by_several_ways(mut self) -> Self {
+        self.has_others = true;
+        self
     }
 
     /// The time that is left.
@@ -57,15 +76,6 @@ impl<'a> Tries<'a> {
         access: &'a Access,
         needs_leave: bool,
     ) -> Result<(), Error> {
-        let held = self.host.held();
-        if held > self.left() {
-            let told = "the registry asks to be left alone for longer than there is time";
-            return Err(self.given_up(&Fault::unavailable(told)));
-        }
-        if !held.is_zero() {
-            // Those who were told to wait must not come together afterwards.
-            time::sleep(held + self.backoff.spread()).await;
-        }
         match access.denied() {
             Some(why) if needs_leave && self.turn.is_none() => self.wait_in_line(access, why).await,
             _ => Ok(()),
@@ -95,9 +105,10 @@ impl<'a> Tries<'a> {
     /// # Errors
     /// When there is no point in another attempt.
     pub(super) async fn failed(&mut self, fault: Fault) -> Result<(), Error> {
-        self.attempts += 1;
+        self.attempts += u32::from(fault.remedy != Remedy::Hold);
         let mut pause = self.backoff.next_pause();
         match fault.remedy {
+            Remedy::Hold => return self.sit_out(fault, pause).await,
             Remedy::Nothing => return Err(self.given_up(&fault)),
             Remedy::Credentials => {
                 self.turn = None;
@@ -115,10 +126,9 @@ impl<'a> Tries<'a> {
                 }
             }
             Remedy::Wait => {
-                if let Some(asked_for) = fault.retry_after {
+                if let Some(asked_for) = fault.retry_after.filter(|_| !self.has_others) {
                     // The jitter comes on top: all who were told so must not come at once.
                     pause = pause.saturating_add(asked_for);
-                    self.host.hold(asked_for);
                 }
             }
         }
@@ -134,6 +144,24 @@ impl<'a> Tries<'a> {
         self.registry.counters.retries.fetch_add(1, Ordering::Relaxed);
         self.own.retries.fetch_add(1, Ordering::Relaxed);
         self.last = Some(fault);
+        time::sleep(pause).await;
+        Ok(())
+    }
+
+    /// Waits until who must be asked may be, or for as long as another way may need to be there
+    /// again.
+    async fn sit_out(&mut self, fault: Fault, another_way: Duration) -> Result<(), Error> {
+        let left = fault.retry_after.unwrap_or_default();
+        // Those who were told to wait must not come together afterwards.
+        let mut pause = left.saturating_add(self.backoff.spread());
+        if self.has_others {
+            pause = pause.min(another_way);
+        }
+        let is_too_long = pause >= self.left();
+        let why = self.last.get_or_insert(fault).clone();
+        if is_too_long {
+            return Err(self.given_up(&why));
+        }
         time::sleep(pause).await;
         Ok(())
     }

@@ -167,29 +167,6 @@ fn row_7_a_registry_that_is_restarted_costs_no_read() {
 }
 
 #[test]
-fn row_7_a_registry_that_asks_for_a_pause_gets_it_from_everybody() {
-    let lab = Lab::new();
-    lab.mock.fail(Part::Blob, 1, Fault::status_with(429, "Retry-After", "1"));
-    let registry = lab.registry(Options::default());
-    let blob = lab.blob(&registry);
-    let started = Instant::now();
-    std::thread::scope(|scope| {
-        for number in 0..8 {
-            let (lab, blob) = (&lab, &blob);
-            scope.spawn(move || {
-                // The first one is refused before the others come.
-                std::thread::sleep(Duration::from_millis(if number == 0 { 0 } else { 200 }));
-                lab.read(blob, 0..1000, Duration::from_secs(5)).unwrap();
-            });
-        }
-    });
-    let early = lab.mock.log(Part::Blob);
-    let early = early.iter().filter(|record| record.at < started + Duration::from_secs(1)).count();
-    assert_eq!(early, 1, "only the one that was refused");
-    assert_eq!(lab.mock.count(Part::Blob), 9);
-}
-
-#[test]
 fn row_8_answers_that_lie_are_not_data() {
     let range = |text: &str| Fault::ContentRange(text.to_owned());
     let kind = ErrorKind::Corrupt;
