@@ -580,6 +580,10 @@ pub const CREDENTIAL_BYTES_MAX: u64 = 1024 * 1024;
 /// How long a credential helper may take. It talks to another program or asks a cloud.
 pub const CREDENTIAL_HELPER_MS_MAX: u64 = 10_000;
 
+/// Threads that read credential files and start helpers at the same time, of those that a process
+/// has for what blocks. A disk that hangs keeps them for ever: names of hosts need some, too.
+pub const CREDENTIAL_THREADS_MAX: usize = 2;
+
 /// How often the credentials are looked at while an I/O waits for one that works.
 pub const CREDENTIAL_LOOK_MS: u64 = 500;
 

@@ -277,10 +277,13 @@ impl Access {
                 }
                 return permit;
             }
-            if self.note(self.credentials.stamp().await, denied.stamp) {
+            let look_every = Duration::from_millis(CREDENTIAL_LOOK_MS);
+            // A disk that hangs tells nothing, and keeps nobody from asking.
+            let looked = time::timeout(look_every, self.credentials.stamp()).await;
+            if looked.is_ok_and(|now| self.note(now, denied.stamp)) {
                 return permit;
             }
-            time::sleep(Duration::from_millis(CREDENTIAL_LOOK_MS)).await;
+            time::sleep(look_every).await;
         }
     }
 }
@@ -292,6 +295,29 @@ mod tests {
     use crate::registry::options::Options;
     use std::net::TcpListener;
 
+    fn access_with(source: Source) -> Access {
+        let transport = Arc::new(Transport::new(&Options::default()).unwrap());
+        let credentials = Arc::new(Credentials::new(&[source]).unwrap());
+        let place = BlobPlace::parse("https://reg.example.com/v2/a/b/blobs").unwrap();
+        Access::new(place, transport, credentials)
+    }
+
+    fn runtime() -> tokio::runtime::Runtime {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+    }
+
+    #[test]
+    fn files_on_a_disk_that_hangs_keep_nobody_from_asking_again() {
+        let access = access_with(Source::File("/proc/self/status".into()));
+        let _hanging = Arc::clone(&access.credentials.disk.threads).try_acquire_many_owned(2);
+        access.deny(Fault::unauthorized("refused"));
+        let started = Instant::now();
+        let limit = Duration::from_secs(30);
+        let permit = runtime().block_on(async { time::timeout(limit, access.wait()).await });
+        assert!(matches!(permit, Ok(Some(_))), "{permit:?}");
+        assert!(started.elapsed() >= ASK_AGAIN, "{:?}", started.elapsed());
+    }
+
     #[test]
     fn what_is_not_to_be_had_in_time_is_tried_again_by_the_next() {
         // It lets connect, and says nothing.
@@ -299,14 +325,11 @@ mod tests {
         let url = Secret::new(format!("http://{}/auth", service.local_addr().unwrap()));
         let timeout = Duration::from_secs(3600);
         let source = Source::Http { url, timeout, ca_file: None, client_certificate: None };
-        let transport = Arc::new(Transport::new(&Options::default()).unwrap());
-        let credentials = Arc::new(Credentials::new(&[source]).unwrap());
-        let place = BlobPlace::parse("https://reg.example.com/v2/a/b/blobs").unwrap();
-        let mut access = Access::new(place, transport, credentials);
+        let mut access = access_with(source);
         access.obtain_max = Duration::from_millis(100);
         access.state().wanted = Some(Wanted::Basic);
         let access = Arc::new(access);
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let runtime = runtime();
         for _ in 0..2 {
             let started = Instant::now();
             let limit = Duration::from_secs(30);

@@ -8,7 +8,7 @@ use super::credential_file::{self, Credential, CredentialFile, Lead};
 use super::fault::Fault;
 use super::secret::Secret;
 use crate::error::{Error, ErrorKind, Result};
-use crate::limits::{CREDENTIAL_BYTES_MAX, CREDENTIAL_HELPER_MS_MAX};
+use crate::limits::{CREDENTIAL_BYTES_MAX, CREDENTIAL_HELPER_MS_MAX, CREDENTIAL_THREADS_MAX};
 use reqwest::{Certificate, Client, Identity, Url};
 use rustix::fs::{Mode, OFlags};
 use std::fmt;
@@ -17,10 +17,12 @@ use std::io::{self, Read as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::Command;
-use tokio::time;
+use tokio::sync::Semaphore;
+use tokio::{task, time};
 
 /// One place to look for credentials.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,6 +53,32 @@ pub enum Source {
 #[derive(Debug)]
 pub(super) struct Credentials {
     sources: Vec<Ready>,
+    pub(super) disk: Disk,
+}
+
+/// Where files and programs are: on disks that may hang for ever, and a few threads with them.
+#[derive(Clone, Debug)]
+pub(super) struct Disk {
+    pub(super) threads: Arc<Semaphore>,
+}
+
+impl Disk {
+    fn new() -> Self {
+        Self { threads: Arc::new(Semaphore::new(CREDENTIAL_THREADS_MAX)) }
+    }
+
+    /// Does what blocks. Whoever waits may give that up; the thread cannot.
+    async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> io::Result<T> {
+        let permit = Arc::clone(&self.threads).acquire_owned().await.map_err(io::Error::other)?;
+        let work = move || {
+            let _as_long_as_it_blocks = permit;
+            work()
+        };
+        task::spawn_blocking(work).await.map_err(io::Error::other)
+    }
 }
 
 #[derive(Debug)]
@@ -77,7 +105,7 @@ pub(super) type Stamp = Vec<Option<(SystemTime, u64, u64)>>;
 impl Credentials {
     pub(super) fn new(sources: &[Source]) -> Result<Self> {
         let ready = sources.iter().map(Ready::new).collect::<Result<_>>()?;
-        Ok(Self { sources: ready })
+        Ok(Self { sources: ready, disk: Disk::new() })
     }
 
     /// The credential for `repository` at `origin`; `None` when no source has one.
@@ -89,7 +117,7 @@ impl Credentials {
     ) -> Result<Option<Credential>, Fault> {
         for source in &self.sources {
             let file = match source {
-                Ready::File(path) => match read_file(path.clone()).await? {
+                Ready::File(path) => match read_file(&self.disk, path.clone()).await? {
                     Some(file) => file,
                     None => continue,
                 },
@@ -97,7 +125,9 @@ impl Credentials {
             };
             let found = match file.lead(&origin.host, repository) {
                 Some(Lead::Here(credential)) => Some(credential),
-                Some(Lead::Helper { name, server }) => run_helper(&name, &server).await?,
+                Some(Lead::Helper { name, server }) => {
+                    run_helper(&self.disk, &name, &server).await?
+                }
                 None => None,
             };
             if found.is_some() {
@@ -114,7 +144,7 @@ impl Credentials {
             Ready::Service(_) => None,
         });
         let paths: Vec<PathBuf> = files.collect();
-        let looked = tokio::task::spawn_blocking(move || {
+        let looked = self.disk.run(move || {
             let stamp = |path: &PathBuf| {
                 let found = path.metadata().ok()?;
                 Some((found.modified().ok()?, found.len(), found.ino()))
@@ -180,11 +210,11 @@ fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
 }
 
 /// The file; `None` when there is none, which is no trouble: it may come.
-async fn read_file(path: PathBuf) -> Result<Option<CredentialFile>, Fault> {
+async fn read_file(disk: &Disk, path: PathBuf) -> Result<Option<CredentialFile>, Fault> {
     let shown = path.display().to_string();
-    let read = tokio::task::spawn_blocking(move || read_bounded(&path)).await;
+    let read = disk.run(move || read_bounded(&path)).await;
     let unusable = |why: String| Fault::unauthorized(format!("credential file {shown}: {why}"));
-    match read.map_err(|error| unusable(error.to_string()))? {
+    match read.flatten() {
         Ok(bytes) => credential_file::parse(&bytes).map(Some).map_err(unusable),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(unusable(error.to_string())),
@@ -222,17 +252,18 @@ async fn ask(service: &Service, blob_url: &str) -> Result<CredentialFile, Fault>
 }
 
 /// Runs `docker-credential-NAME get`. What it says besides an answer is not repeated.
-async fn run_helper(name: &str, server: &str) -> Result<Option<Credential>, Fault> {
+async fn run_helper(disk: &Disk, name: &str, server: &str) -> Result<Option<Credential>, Fault> {
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
     if name.is_empty() || !name.bytes().all(is_plain) {
         return Err(Fault::unauthorized("the name of a credential helper is none"));
     }
     let program = format!("docker-credential-{name}");
     let limit = Duration::from_millis(CREDENTIAL_HELPER_MS_MAX);
-    run_program(&program, server, limit).await
+    run_program(disk, &program, server, limit).await
 }
 
 async fn run_program(
+    disk: &Disk,
     program: &str,
     server: &str,
     limit: Duration,
@@ -243,8 +274,7 @@ async fn run_program(
         command.arg("get").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
         command.kill_on_drop(true);
         // Blocks until the program is loaded, from a disk that may hang or be served by us.
-        let spawned = tokio::task::spawn_blocking(move || command.spawn());
-        let mut child = spawned.await.map_err(io::Error::other)??;
+        let mut child = disk.run(move || command.spawn()).await.flatten()?;
         if let Some(mut stdin) = child.stdin.take() {
             // A helper that reads nothing has its reasons, which its status tells.
             let _ = stdin.write_all(server.as_bytes()).await;
@@ -286,7 +316,7 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let limit = Duration::from_secs(2);
         let program = program.to_str().unwrap();
-        let found = runtime.block_on(run_program(program, "reg.example.com", limit));
+        let found = runtime.block_on(run_program(&Disk::new(), program, "reg.example.com", limit));
         (found, std::fs::read_to_string(seen).unwrap_or_default())
     }
 
@@ -318,10 +348,11 @@ mod tests {
     fn a_helpers_name_is_no_path() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         for name in ["", "../x", "a/b", "a b", "a;b"] {
-            let fault = runtime.block_on(run_helper(name, "s")).unwrap_err();
+            let fault = runtime.block_on(run_helper(&Disk::new(), name, "s")).unwrap_err();
             assert_eq!(fault.text, "the name of a credential helper is none", "{name}");
         }
-        let fault = runtime.block_on(run_helper("there-is-none-of-this-name", "s")).unwrap_err();
+        let run = async { run_helper(&Disk::new(), "there-is-none-of-this-name", "s").await };
+        let fault = runtime.block_on(run).unwrap_err();
         assert!(fault.text.starts_with("docker-credential-there-is-none-of-this-name: "));
     }
 }
