@@ -520,6 +520,10 @@ pub const BLOB_REQUESTS_AT_ONCE_MAX: usize = 16;
 /// Hosts that are remembered with their budgets. An image has one registry, and that a few stores.
 pub const REGISTRY_HOSTS_MAX: usize = 256;
 
+/// Executors, of which each serves one registry: a thread and some files for each. Most images have
+/// one, with layers of another that they were made upon; further ones share.
+pub const REGISTRY_EXECUTORS_MAX: usize = 4;
+
 /// Attempts of one request, whatever the deadline: with pauses of up to 5 s, more than fit in a
 /// minute, unless a server fails at once and asks to be asked again at once.
 pub const REGISTRY_ATTEMPTS_MAX: u32 = 24;

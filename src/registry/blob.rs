@@ -20,6 +20,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
+use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch};
 use tokio::time;
 
@@ -40,6 +41,8 @@ struct Parts {
     name: String,
     bytes: u64,
     host: Arc<Host>,
+    /// That of the host.
+    executor: Handle,
     /// The registry itself is the last.
     routes: Vec<Route>,
     /// Requests under way, so that one slow blob does not take all those of its host.
@@ -80,7 +83,8 @@ impl Registry {
     /// which blocks until `deadline` at most.
     ///
     /// # Errors
-    /// `InvalidConfig` for an unusable URL or digest; why the length could not be had.
+    /// `InvalidConfig` for an unusable URL or digest; `Io` when threads cannot be started; why the
+    /// length could not be had.
     pub fn blob(
         self: &Arc<Self>,
         repo_blob_url: &str,
@@ -90,18 +94,20 @@ impl Registry {
     ) -> Result<Blob> {
         let place = BlobPlace::parse(repo_blob_url)?;
         let digest = Digest::parse(digest)?;
+        let host = self.host(&place.origin().host);
         let mut parts = Parts {
             registry: Arc::clone(self),
             name: format!("{} {digest}", place.origin().host),
             bytes: bytes.unwrap_or(0),
-            host: self.host(&place.origin().host),
+            executor: host.executor()?,
+            host,
             routes: self.routes(&place, &digest)?,
             line: Semaphore::new(BLOB_REQUESTS_AT_ONCE_MAX),
             canceled: watch::Sender::new(false),
             counters: Counters::default(),
         };
         if bytes.is_none() {
-            let asked = self.runtime.block_on(parts.length(deadline));
+            let asked = parts.executor.block_on(parts.length(deadline));
             parts.bytes = asked.context(|| format!("ask for the length of {}", parts.name))?;
         }
         Ok(Blob { parts: Arc::new(parts) })
@@ -368,7 +374,7 @@ impl Fetch for Blob {
             };
             (memory, fetched)
         };
-        runtime::run(&self.parts.registry.runtime, deadline, fetch).unwrap_or_else(|lost| {
+        runtime::run(&self.parts.executor, deadline, fetch).unwrap_or_else(|lost| {
             let (kind, why) = match lost {
                 Lost::Late => (ErrorKind::Timeout, "its executor hangs"),
                 Lost::Died => (ErrorKind::Io, "bug: it panicked"),

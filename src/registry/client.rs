@@ -6,7 +6,7 @@ use super::credentials::Credentials;
 use super::options::Options;
 use super::rest::Rest;
 use super::retry::Budget;
-use super::runtime;
+use super::runtime::Lane;
 use super::transport::Transport;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{REGISTRY_HOSTS_MAX, REGISTRY_REQUESTS_AT_ONCE_MAX, TOKENS_MAX};
@@ -14,7 +14,7 @@ use reqwest::Url;
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
@@ -25,7 +25,6 @@ pub struct Registry {
     pub(super) transport: Arc<Transport>,
     credentials: Arc<Credentials>,
     pub(super) options: Options,
-    pub(super) runtime: Handle,
     hosts: Mutex<HashMap<String, Arc<Host>>>,
     repositories: Mutex<HashMap<BlobPlace, Arc<Access>>>,
     pub(super) counters: Counters,
@@ -56,6 +55,8 @@ pub struct Counts {
 pub(super) struct Host {
     /// Requests under way.
     pub(super) line: Semaphore,
+    /// Where those of its blobs run, chosen when there is one.
+    lane: OnceLock<Lane>,
     state: Mutex<HostState>,
 }
 
@@ -69,7 +70,7 @@ impl Registry {
     /// The way to registries that `options` describe. Reads certificates; opens no connection.
     ///
     /// # Errors
-    /// `InvalidConfig` naming the option; `Io` when files cannot be read or threads not started.
+    /// `InvalidConfig` naming the option; `Io` when files cannot be read.
     pub fn new(mut options: Options) -> Result<Arc<Self>> {
         let is_plain = |url: Url| url.username().is_empty() && url.password().is_none();
         if !options.mirrors.iter().all(|mirror| Url::parse(&mirror.url).is_ok_and(is_plain)) {
@@ -91,7 +92,6 @@ impl Registry {
             transport,
             credentials: Arc::new(Credentials::new(&options.credentials)?),
             options,
-            runtime: runtime::handle()?,
             hosts: Mutex::default(),
             repositories: Mutex::default(),
             counters: Counters::default(),
@@ -138,7 +138,16 @@ impl Host {
         let now = Instant::now();
         let budget = Budget::new(now);
         let state = HostState { budget, as_mirror: Rest::new(now) };
-        Self { line: Semaphore::new(REGISTRY_REQUESTS_AT_ONCE_MAX), state: Mutex::new(state) }
+        let line = Semaphore::new(REGISTRY_REQUESTS_AT_ONCE_MAX);
+        Self { line, lane: OnceLock::new(), state: Mutex::new(state) }
+    }
+
+    /// The executor for what this registry has.
+    ///
+    /// # Errors
+    /// `Io` when its threads cannot be started.
+    pub(super) fn executor(&self) -> Result<Handle> {
+        self.lane.get_or_init(Lane::next).executor()
     }
 
     fn with<T>(&self, act: impl FnOnce(&mut HostState) -> T) -> T {

@@ -150,10 +150,12 @@ impl Registry {
     /// index, manifest and config, which blocks until `deadline` at most; reads no layer.
     ///
     /// # Errors
-    /// As [`open_layout`], and why the registry could not be read.
+    /// As [`open_layout`], `Io` when threads cannot be started, and why the registry could not be
+    /// read.
     pub fn image(&self, reference: &str, platform: &Platform, deadline: Instant) -> Result<Image> {
         let reference = Reference::parse(reference)?;
-        let found = self.runtime.block_on(self.find(&reference, platform, deadline));
+        let executor = self.host(reference.host()).executor()?;
+        let found = executor.block_on(self.find(&reference, platform, deadline));
         found.context(|| format!("find the image {reference}"))
     }
 

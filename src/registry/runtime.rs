@@ -1,49 +1,79 @@
-//! The executor below all requests: one for the process, on threads of its own.
+//! The executors below all requests, each on threads of its own: one for the process as long as it
+//! reads from one registry, and another one for the next, so that a server that floods us costs no
+//! other registry's reads more than their share of the processor.
 //!
-//! It is started at first use, so that a process that forks before it reads anything may do so.
-//! Its threads are marked as I/O flushers where the process may do that: a read that pages wait for
-//! must not itself wait for pages to be written.
+//! They are started at first use, so that a process that forks before it reads anything may do so.
+//! Their threads are marked as I/O flushers where the process may do that: a read that pages wait
+//! for must not itself wait for pages to be written.
 
-use crate::error::Error;
+use crate::error::{Error, Result};
+use crate::limits::REGISTRY_EXECUTORS_MAX;
 use std::future::Future;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::runtime::{Builder, Handle, Runtime};
 
-/// Threads that poll sockets, decrypt, and copy bodies to where they belong. One does some GB/s; a
-/// second one is woken for every other thing that happens: a sixth of the processor time of a cold
-/// miss. What is checked and stored is so by those who wait for it.
+/// Threads of one that poll sockets, decrypt, and copy bodies to where they belong. One does some
+/// GB/s; a second one is woken for every other thing that happens: a sixth of the processor time of
+/// a cold miss. What is checked and stored is so by those who wait for it.
 const WORKERS: usize = 1;
 
-/// Threads for what blocks: name look-ups, credential files and helpers.
+/// Tasks between two looks at clocks and sockets. Of the usual 61, each of which may take in tens
+/// of megabytes of what is no body before the HTTP library lets it go, a few connections make a
+/// minute in which no deadline passes. With 1, a task that gives way comes before all others again.
+const TASKS_PER_LOOK: u32 = 4;
+
+/// Threads of one for what blocks: name look-ups, credential files and helpers.
 const BLOCKING_MAX: usize = 16;
 
-static RUNTIME: Mutex<Option<Runtime>> = Mutex::new(None);
+static EXECUTORS: Mutex<[Option<Runtime>; REGISTRY_EXECUTORS_MAX]> =
+    Mutex::new([const { None }; REGISTRY_EXECUTORS_MAX]);
 
-/// The process's executor.
-///
-/// # Errors
-/// `Io` when its threads cannot be started.
-pub(super) fn handle() -> crate::error::Result<Handle> {
-    let mut runtime = RUNTIME.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(runtime) = runtime.as_ref() {
-        return Ok(runtime.handle().clone());
+static LANES: AtomicUsize = AtomicUsize::new(0);
+
+/// Which of the executors serves a registry.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Lane(usize);
+
+impl Lane {
+    /// The one whose turn it is.
+    pub(super) fn next() -> Self {
+        Self(LANES.fetch_add(1, Ordering::Relaxed) % REGISTRY_EXECUTORS_MAX)
     }
-    let started = Builder::new_multi_thread()
+
+    /// Its executor.
+    ///
+    /// # Errors
+    /// `Io` when its threads cannot be started.
+    pub(super) fn executor(self) -> Result<Handle> {
+        let mut executors = EXECUTORS.lock().unwrap_or_else(PoisonError::into_inner);
+        let none = || Error::io("start an executor", &std::io::Error::other("bug: no such lane"));
+        let place = executors.get_mut(self.0).ok_or_else(none)?;
+        if let Some(runtime) = place {
+            return Ok(runtime.handle().clone());
+        }
+        Ok(place.insert(start()?).handle().clone())
+    }
+}
+
+fn start() -> Result<Runtime> {
+    let mut builder = Builder::new_multi_thread();
+    builder
         .worker_threads(WORKERS)
         .max_blocking_threads(BLOCKING_MAX)
+        .event_interval(TASKS_PER_LOOK)
         .thread_name("registry")
         .on_thread_start(mark_as_flusher)
-        .enable_all()
-        .build()
-        .map_err(|error| Error::io("start the threads that speak to registries", &error))?;
-    Ok(runtime.insert(started).handle().clone())
+        .enable_all();
+    let failed = |error| Error::io("start the threads that speak to registries", &error);
+    builder.build().map_err(failed)
 }
 
 /// How long after its deadline work that ends there by itself is still waited for: its own error
 /// tells more, and on a busy machine a timer is late.
-const GRACE: Duration = Duration::from_secs(2);
+const GRACE: Duration = Duration::from_millis(500);
 
 /// What became of work instead of its result.
 #[derive(Debug, PartialEq, Eq)]
@@ -89,6 +119,7 @@ fn mark_as_flusher() {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeSet;
 
     #[test]
     fn work_that_nobody_does_or_that_dies_is_given_up() {
@@ -98,8 +129,37 @@ mod tests {
         assert_eq!(run(idle.handle(), now, async { 1 }), Err(Lost::Late));
         assert!(now.elapsed() >= GRACE);
         let soon = Instant::now() + Duration::from_secs(60);
-        assert_eq!(run(&handle().unwrap(), soon, async { 2 }), Ok(2));
+        let executor = Lane::next().executor().unwrap();
+        assert_eq!(run(&executor, soon, async { 2 }), Ok(2));
         let dying = async { assert!(std::hint::black_box(false), "this task is meant to fail") };
-        assert_eq!(run(&handle().unwrap(), soon, dying), Err(Lost::Died));
+        assert_eq!(run(&executor, soon, dying), Err(Lost::Died));
+    }
+
+    #[test]
+    fn a_task_that_does_nothing_but_give_way_keeps_no_other_from_its_turn() {
+        let executor = start().unwrap();
+        let busy = executor.spawn(async {
+            loop {
+                tokio::task::yield_now().await;
+            }
+        });
+        let soon = Instant::now() + Duration::from_secs(60);
+        let neighbour = async {
+            for _ in 0..100 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+                tokio::spawn(async {}).await.unwrap();
+            }
+        };
+        assert_eq!(run(executor.handle(), soon, neighbour), Ok(()));
+        busy.abort();
+    }
+
+    #[test]
+    fn registries_have_executors_of_their_own_until_there_are_many() {
+        // Other tests take their turns, too.
+        let lanes = (0..8 * REGISTRY_EXECUTORS_MAX).map(|_| Lane::next().0);
+        let lanes: BTreeSet<usize> = lanes.collect();
+        assert_eq!(lanes.len(), REGISTRY_EXECUTORS_MAX);
+        assert!(lanes.iter().all(|lane| Lane(*lane).executor().is_ok()));
     }
 }

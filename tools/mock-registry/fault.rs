@@ -57,6 +57,10 @@ pub(crate) enum Fault {
     Corrupt,
     /// So many bytes of the body a second.
     Slow(u64),
+    /// No answer, and for ever, as fast as they are read, answers before it (1xx).
+    Informational,
+    /// The head of an answer in chunks, and for ever the zeros before the first chunk's length.
+    Zeros,
 }
 
 impl Fault {

@@ -146,6 +146,10 @@ struct Way {
     bytes_per_second: Option<u64>,
     chunked: bool,
     chunks_break_off: bool,
+    /// What comes for ever before the answer.
+    endless_before: Option<&'static [u8]>,
+    /// What comes for ever before the first chunk.
+    endless_in_chunk: Option<&'static [u8]>,
 }
 
 fn spoil(answer: &mut Answer, way: &mut Way, request: &Request, fault: Fault) {
@@ -156,6 +160,8 @@ fn spoil(answer: &mut Answer, way: &mut Way, request: &Request, fault: Fault) {
         Fault::CutBody(after) => way.cut_after = Some(after),
         Fault::Slow(rate) => way.bytes_per_second = Some(rate),
         Fault::Chunked => way.chunked = true,
+        Fault::Informational => way.endless_before = Some(b"HTTP/1.1 103 Early Hints\r\n\r\n"),
+        Fault::Zeros => (way.chunked, way.endless_in_chunk) = (true, Some(b"0".as_slice())),
         Fault::ChunkedShort => (way.chunked, way.chunks_break_off) = (true, true),
         Fault::ChunkedEarly => {
             way.chunked = true;
@@ -193,6 +199,14 @@ fn spoil(answer: &mut Answer, way: &mut Way, request: &Request, fault: Fault) {
     }
 }
 
+/// Writes `piece` for as long as somebody reads it.
+fn flood(stream: &mut dyn Stream, piece: &[u8]) -> io::Result<bool> {
+    let block = piece.repeat(256 * 1024 / piece.len());
+    loop {
+        stream.write_all(&block)?;
+    }
+}
+
 fn write_answer(
     stream: &mut dyn Stream,
     answer: &Answer,
@@ -202,6 +216,9 @@ fn write_answer(
     thread::sleep(Duration::from_millis(way.delay_ms));
     if way.cut_head {
         return Ok(false);
+    }
+    if let Some(piece) = way.endless_before {
+        return flood(stream, piece);
     }
     let mut head = format!("HTTP/1.1 {} X\r\n", answer.status);
     for (name, value) in &answer.headers {
@@ -215,6 +232,9 @@ fn write_answer(
     stream.write_all(head.as_bytes())?;
     if head_only {
         return Ok(true);
+    }
+    if let Some(piece) = way.endless_in_chunk {
+        return flood(stream, piece);
     }
     if way.chunked {
         for chunk in answer.body.chunks(300) {
