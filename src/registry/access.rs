@@ -51,10 +51,17 @@ pub(super) struct Access {
     transport: Arc<Transport>,
     credentials: Arc<Credentials>,
     state: Mutex<State>,
-    flight: Flight<Result<Arc<Granted>, Fault>>,
+    flight: Flight<Obtained>,
     line: Semaphore,
     /// How long a flight may take.
     obtain_max: Duration,
+}
+
+/// What came of getting what was wanted, which may be something else by now.
+#[derive(Clone, Debug)]
+struct Obtained {
+    wanted: Wanted,
+    granted: Result<Arc<Granted>, Fault>,
 }
 
 #[derive(Debug, Default)]
@@ -123,28 +130,37 @@ impl Access {
         let wanted = self.state().wanted.clone();
         let lost = || Fault::unavailable("the request for a token was lost");
         let wanted = wanted.ok_or_else(lost)?;
-        let access = Arc::clone(self);
-        self.flight.join(move || access.obtained(wanted)).await.unwrap_or_else(|| Err(lost()))
+        // A flight that is under way may be for what was wanted before; the next one is not.
+        for _ in 0..2 {
+            let (access, wish) = (Arc::clone(self), wanted.clone());
+            let obtained = self.flight.join(move || access.obtained(wish)).await;
+            let obtained = obtained.ok_or_else(lost)?;
+            if obtained.wanted == wanted {
+                return obtained.granted;
+            }
+        }
+        Err(lost())
     }
 
     /// What is wanted, in bounded time: all join a flight that is under way, and one that never
     /// lands would be the last.
-    async fn obtained(self: Arc<Self>, wanted: Wanted) -> Result<Arc<Granted>, Fault> {
-        let obtained = time::timeout(self.obtain_max, Arc::clone(&self).obtain(wanted)).await;
-        obtained.unwrap_or_else(|_| {
+    async fn obtained(self: Arc<Self>, wanted: Wanted) -> Obtained {
+        let granted = time::timeout(self.obtain_max, self.obtain(&wanted)).await;
+        let granted = granted.unwrap_or_else(|_| {
             let (place, longest) = (&self.place, self.obtain_max);
             Err(Fault::slow(format!("no credentials for {place} within {longest:?}")))
-        })
+        });
+        Obtained { wanted, granted }
     }
 
-    async fn obtain(self: Arc<Self>, wanted: Wanted) -> Result<Arc<Granted>, Fault> {
+    async fn obtain(&self, wanted: &Wanted) -> Result<Arc<Granted>, Fault> {
         let (origin, repository) = (self.place.origin(), self.place.repository());
         let url = self.place.to_string();
         let stamp = self.credentials.stamp().await;
         self.state().stamp = Some(stamp);
         let credential = self.credentials.find(origin, repository, &url).await?;
         let now = Instant::now();
-        let granted = match &wanted {
+        let granted = match wanted {
             Wanted::Basic => {
                 let header = credential.as_ref().and_then(Credential::basic);
                 let none = || Fault::unauthorized(format!("{} wants a password", self.place));
@@ -165,7 +181,11 @@ impl Access {
             }
         };
         let granted = Arc::new(granted);
-        self.state().granted = Some(Arc::clone(&granted));
+        let mut state = self.state();
+        if state.wanted.as_ref() == Some(wanted) {
+            state.granted = Some(Arc::clone(&granted));
+        }
+        drop(state);
         Ok(granted)
     }
 
@@ -293,12 +313,13 @@ mod tests {
     use super::*;
     use crate::registry::credentials::Source;
     use crate::registry::options::Options;
+    use std::io::{Read as _, Write as _};
     use std::net::TcpListener;
 
-    fn access_with(source: Source) -> Access {
+    fn access_with(sources: &[Source]) -> Access {
         let transport = Arc::new(Transport::new(&Options::default()).unwrap());
-        let credentials = Arc::new(Credentials::new(&[source]).unwrap());
-        let place = BlobPlace::parse("https://reg.example.com/v2/a/b/blobs").unwrap();
+        let credentials = Arc::new(Credentials::new(sources).unwrap());
+        let place = BlobPlace::parse("http://reg.example.com/v2/a/b/blobs").unwrap();
         Access::new(place, transport, credentials)
     }
 
@@ -308,7 +329,7 @@ mod tests {
 
     #[test]
     fn files_on_a_disk_that_hangs_keep_nobody_from_asking_again() {
-        let access = access_with(Source::File("/proc/self/status".into()));
+        let access = access_with(&[Source::File("/proc/self/status".into())]);
         let _hanging = Arc::clone(&access.credentials.disk.threads).try_acquire_many_owned(2);
         access.deny(Fault::unauthorized("refused"));
         let started = Instant::now();
@@ -318,6 +339,42 @@ mod tests {
         assert!(started.elapsed() >= ASK_AGAIN, "{:?}", started.elapsed());
     }
 
+    /// A token server that takes its time and gives out `token`.
+    fn token_server(token: &'static str, delay: Duration) -> Wanted {
+        let server = TcpListener::bind("127.0.0.1:0").unwrap();
+        let realm = format!("http://{}/token", server.local_addr().unwrap());
+        std::thread::spawn(move || {
+            for stream in server.incoming() {
+                let mut stream = stream.unwrap();
+                let _ = stream.read(&mut [0; 4096]).unwrap();
+                std::thread::sleep(delay);
+                let body = format!("{{\"token\":\"{token}\"}}");
+                let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", body.len());
+                stream.write_all((head + &body).as_bytes()).unwrap();
+            }
+        });
+        Wanted::Bearer { realm, service: None, scope: None }
+    }
+
+    #[test]
+    fn who_wants_something_new_is_not_given_what_was_wanted_before() {
+        let access = Arc::new(access_with(&[]));
+        access.state().wanted = Some(token_server("old", Duration::from_millis(500)));
+        let new = token_server("new", Duration::ZERO);
+        runtime().block_on(async {
+            let early = Arc::clone(&access);
+            let early = tokio::spawn(async move { early.granted().await });
+            time::sleep(Duration::from_millis(100)).await;
+            access.state().wanted = Some(new);
+            let granted = access.granted().await.unwrap().unwrap();
+            assert_eq!(granted.header.reveal(), "Bearer new");
+            let before = early.await.unwrap().unwrap().unwrap();
+            assert_eq!(before.header.reveal(), "Bearer old", "who asked for that has it");
+            let kept = access.granted().await.unwrap().unwrap();
+            assert_eq!(kept.header.reveal(), "Bearer new");
+        });
+    }
+
     #[test]
     fn what_is_not_to_be_had_in_time_is_tried_again_by_the_next() {
         // It lets connect, and says nothing.
@@ -325,7 +382,7 @@ mod tests {
         let url = Secret::new(format!("http://{}/auth", service.local_addr().unwrap()));
         let timeout = Duration::from_secs(3600);
         let source = Source::Http { url, timeout, ca_file: None, client_certificate: None };
-        let mut access = access_with(source);
+        let mut access = access_with(&[source]);
         access.obtain_max = Duration::from_millis(100);
         access.state().wanted = Some(Wanted::Basic);
         let access = Arc::new(access);
