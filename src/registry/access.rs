@@ -11,18 +11,16 @@ use super::credential_file::Credential;
 use super::credentials::{Credentials, Stamp};
 use super::fault::Fault;
 use super::flight::Flight;
+use super::refusals::Refusals;
 use super::secret::Secret;
 use super::token::{self, Wish};
 use super::transport::{Answer, Transport};
-use crate::limits::{CREDENTIAL_LOOK_MS, UNAUTHORIZED_PAUSE_MS_MAX};
+use crate::limits::CREDENTIAL_LOOK_MS;
 use reqwest::header;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::SemaphorePermit;
 use tokio::time;
-
-/// The first pause before a registry is asked again that refused; each next one is twice as long.
-const ASK_AGAIN: Duration = Duration::from_secs(2);
 
 /// How long it may take to get what is wanted: longer than a credential helper and a token server
 /// together, so that it ends only what would never end, like a file on a disk that hangs.
@@ -52,7 +50,8 @@ pub(super) struct Access {
     credentials: Arc<Credentials>,
     state: Mutex<State>,
     flight: Flight<Obtained>,
-    line: Semaphore,
+    /// Of all that is in the repository.
+    pub(super) refusals: Refusals,
     /// How long a flight may take.
     obtain_max: Duration,
 }
@@ -68,19 +67,9 @@ struct Obtained {
 struct State {
     wanted: Option<Wanted>,
     granted: Option<Arc<Granted>>,
-    denied: Option<Denied>,
     /// What the credential files looked like before they were read last; `None` before anybody
     /// looked, because the registry asked for none.
     stamp: Option<Stamp>,
-}
-
-#[derive(Clone, Debug)]
-struct Denied {
-    why: Fault,
-    stamp: Option<Stamp>,
-    asked_at: Instant,
-    /// How often it was asked again since the credentials changed, by all who wait.
-    asks: u32,
 }
 
 /// What may be tried against a refusal.
@@ -99,8 +88,8 @@ impl Access {
         credentials: Arc<Credentials>,
     ) -> Self {
         let (state, flight) = (Mutex::default(), Flight::default());
-        let (line, obtain_max) = (Semaphore::new(1), OBTAIN_MAX);
-        Self { place, transport, credentials, state, flight, line, obtain_max }
+        let (refusals, obtain_max) = (Refusals::default(), OBTAIN_MAX);
+        Self { place, transport, credentials, state, flight, refusals, obtain_max }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -213,9 +202,15 @@ impl Access {
             return Turn::Again;
         }
         let was_basic = state.wanted == Some(Wanted::Basic);
+        if is_fresh {
+            // Where only this blob is kept from us, it is good for the others.
+            if answer.status() != 403 {
+                state.granted = None;
+            }
+            return Turn::Denied;
+        }
         state.granted = None;
         match wanted {
-            _ if is_fresh => Turn::Denied,
             Some(Wanted::Bearer { .. }) => {
                 state.wanted = wanted;
                 Turn::Again
@@ -247,64 +242,33 @@ impl Access {
         self.state().wanted.as_ref() == Some(before)
     }
 
-    /// The last refusal, if it still stands.
-    pub(super) fn denied(&self) -> Option<Fault> {
-        self.state().denied.as_ref().map(|denied| denied.why.clone())
-    }
-
-    /// Takes note that a request was refused for good.
-    pub(super) fn deny(&self, why: Fault) {
+    /// Takes note that a request was refused for good: for all of the repository, or for the blob
+    /// whose `own` refusals these are.
+    pub(super) fn deny(&self, own: &Refusals, why: Fault) {
         let mut state = self.state();
-        state.granted = None;
         let stamp = state.stamp.clone();
-        // Those who come later do not begin anew with what was refused.
-        let before = state.denied.take().filter(|denied| denied.stamp == stamp);
-        let asks = before.map_or(0, |denied| denied.asks);
-        state.denied = Some(Denied { why, stamp, asked_at: Instant::now(), asks });
-    }
-
-    /// Takes note that a request was answered.
-    pub(super) fn allow(&self) {
-        self.state().denied = None;
-    }
-
-    /// Takes note of what the credential files look like now; whether that is not what they looked
-    /// like `before`.
-    fn note(&self, now: Stamp, before: Option<Stamp>) -> bool {
-        let is_changed = before.is_some_and(|before| before != now);
-        let mut state = self.state();
-        if is_changed || state.stamp.is_none() {
-            state.stamp = Some(now.clone());
+        if why.is_of_one {
+            drop(state);
+            return own.deny(why, stamp);
         }
-        if let Some(denied) = &mut state.denied {
-            denied.stamp.get_or_insert(now);
-        }
-        is_changed
+        state.granted = None;
+        drop(state);
+        self.refusals.deny(why, stamp);
     }
 
-    /// Waits until it makes sense to ask again, for as long as the caller lets it. Whoever gets a
-    /// permit asks for all others, and keeps it meanwhile.
-    pub(super) async fn wait(&self) -> Option<SemaphorePermit<'_>> {
-        let permit = self.line.acquire().await.ok();
-        loop {
-            // Those before us got in: nobody needs to wait any more.
-            let denied = self.state().denied.clone()?;
-            let longest = Duration::from_millis(UNAUTHORIZED_PAUSE_MS_MAX);
-            let pause = ASK_AGAIN.saturating_mul(1 << denied.asks.min(16)).min(longest);
-            if denied.asked_at.elapsed() >= pause {
-                if let Some(denied) = &mut self.state().denied {
-                    denied.asks = denied.asks.saturating_add(1);
-                }
-                return permit;
+    /// Waits among those who met these `refusals` until it makes sense to ask again, for as long as
+    /// the caller lets it. Whoever gets a permit asks for all others, and keeps it meanwhile.
+    pub(super) async fn wait<'a>(&self, refusals: &'a Refusals) -> Option<SemaphorePermit<'a>> {
+        // A disk that hangs tells nothing, and keeps nobody from asking.
+        let longest = Duration::from_millis(CREDENTIAL_LOOK_MS);
+        let look = async || time::timeout(longest, self.credentials.stamp()).await.ok();
+        let seen = |now: &Stamp, is_changed: bool| {
+            let mut state = self.state();
+            if is_changed || state.stamp.is_none() {
+                state.stamp = Some(now.clone());
             }
-            let look_every = Duration::from_millis(CREDENTIAL_LOOK_MS);
-            // A disk that hangs tells nothing, and keeps nobody from asking.
-            let looked = time::timeout(look_every, self.credentials.stamp()).await;
-            if looked.is_ok_and(|now| self.note(now, denied.stamp)) {
-                return permit;
-            }
-            time::sleep(look_every).await;
-        }
+        };
+        refusals.wait(look, seen).await
     }
 }
 
@@ -331,12 +295,13 @@ mod tests {
     fn files_on_a_disk_that_hangs_keep_nobody_from_asking_again() {
         let access = access_with(&[Source::File("/proc/self/status".into())]);
         let _hanging = Arc::clone(&access.credentials.disk.threads).try_acquire_many_owned(2);
-        access.deny(Fault::unauthorized("refused"));
+        access.deny(&Refusals::default(), Fault::unauthorized("refused"));
         let started = Instant::now();
         let limit = Duration::from_secs(30);
-        let permit = runtime().block_on(async { time::timeout(limit, access.wait()).await });
+        let permit =
+            runtime().block_on(async { time::timeout(limit, access.wait(&access.refusals)).await });
         assert!(matches!(permit, Ok(Some(_))), "{permit:?}");
-        assert!(started.elapsed() >= ASK_AGAIN, "{:?}", started.elapsed());
+        assert!(started.elapsed() >= super::super::refusals::ASK_AGAIN, "{:?}", started.elapsed());
     }
 
     /// A token server that takes its time and gives out `token`.

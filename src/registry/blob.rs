@@ -5,6 +5,7 @@ use super::client::{Counters, Host, Registry};
 use super::digest::Digest;
 use super::fault::Fault;
 use super::range::{self, Accepted, Asked, Refusal};
+use super::refusals::Refusals;
 use super::route::{Ask, Route};
 use super::runtime::{self, Lost};
 use super::tries::Tries;
@@ -47,6 +48,7 @@ struct Parts {
     routes: Vec<Route>,
     /// Requests under way, so that one slow blob does not take all those of its host.
     line: Semaphore,
+    refusals: Refusals,
     /// Whether nobody waits any more.
     canceled: watch::Sender<bool>,
     counters: Counters,
@@ -103,6 +105,7 @@ impl Registry {
             host,
             routes: self.routes(&place, &digest)?,
             line: Semaphore::new(BLOB_REQUESTS_AT_ONCE_MAX),
+            refusals: Refusals::default(),
             canceled: watch::Sender::new(false),
             counters: Counters::default(),
         };
@@ -181,8 +184,8 @@ impl Parts {
         let Some(own) = self.routes.last() else {
             return Err(Error::new(ErrorKind::InvalidConfig, "there is no way to the blob"));
         };
-        let (host, access) = (Arc::clone(&self.host), Arc::clone(own.access()));
-        let mut tries = Tries::new((&self.registry, &self.counters), host, access, deadline);
+        let (host, leave) = (Arc::clone(&self.host), (Arc::clone(own.access()), &self.refusals));
+        let mut tries = Tries::new((&self.registry, &self.counters), host, leave, deadline);
         if ways == Ways::All && self.routes.len() > 1 {
             tries = tries.by_several_ways();
         }
@@ -243,8 +246,9 @@ impl Parts {
         let asked = Asked { bytes: piece.missing(), total_bytes: piece.total_bytes };
         let wanted = format!("bytes={}-{}", asked.bytes.start, asked.bytes.end - 1);
         let headers = vec![(header::RANGE, wanted)];
-        let (registry, own) = (&*self.registry, &self.counters);
-        let answer = route.open(Ask { registry, own, headers: &headers }).await?;
+        let (registry, own, refusals) = (&*self.registry, &self.counters, &self.refusals);
+        let ask = Ask { registry, own, refusals, headers: &headers };
+        let answer = route.open(ask).await?;
         let refused = |refusal: Refusal| {
             let fault = Fault::malformed(format!("{}: {refusal}", answer.place));
             match refusal {

@@ -27,11 +27,13 @@ pub(super) struct Fault {
     pub(super) text: String,
     /// How long the host asks to be left alone.
     pub(super) retry_after: Option<Duration>,
+    /// Whether it tells nothing of what else is in the repository.
+    pub(super) is_of_one: bool,
 }
 
 impl Fault {
     pub(super) fn new(remedy: Remedy, kind: ErrorKind, text: impl Into<String>) -> Self {
-        Self { remedy, kind, text: text.into(), retry_after: None }
+        Self { remedy, kind, text: text.into(), retry_after: None, is_of_one: false }
     }
 
     /// An answer that must not be believed.
@@ -65,7 +67,7 @@ impl Fault {
     pub(super) fn status(status: u16, place: &str, retry_after: Option<Duration>) -> Self {
         let (remedy, kind) = retry::classify(status);
         let text = format!("HTTP status {status} from {place}");
-        Self { remedy, kind, text, retry_after }
+        Self { remedy, kind, text, retry_after, is_of_one: status == 403 }
     }
 
     /// The same fault, which nothing helps against.

@@ -9,6 +9,7 @@ use super::digest::Digest;
 use super::fault::Fault;
 use super::manifest::{self, Descriptor, Document, Manifest, Platform};
 use super::reference::Reference;
+use super::refusals::Refusals;
 use super::route::{Ask, Route};
 use super::tries::Tries;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
@@ -204,12 +205,13 @@ impl Registry {
         let host = self.host(&place.origin().host);
         let invalid = |e| Error::new(ErrorKind::InvalidConfig, format!("URL of {reference}: {e}"));
         let route = Route::new(Url::parse(url).map_err(invalid)?, Arc::clone(&access));
-        let own = Counters::default();
-        let mut tries = Tries::new((self, &own), host, Arc::clone(&access), deadline);
+        let (own, refusals) = (Counters::default(), Refusals::default());
+        let leave = (Arc::clone(&access), &refusals);
+        let mut tries = Tries::new((self, &own), host, leave, deadline);
         loop {
             let trying = async {
                 tries.before(&access, true).await?;
-                Ok(self.attempt_document(&route, digest, &own).await)
+                Ok(self.attempt_document(&route, digest, (&own, &refusals)).await)
             };
             let outcome = match time::timeout_at(deadline.into(), trying).await {
                 Ok(outcome) => outcome?,
@@ -229,10 +231,10 @@ impl Registry {
         &self,
         route: &Route,
         digest: Option<&Digest>,
-        own: &Counters,
+        (own, refusals): (&Counters, &Refusals),
     ) -> Result<Vec<u8>, Fault> {
         let headers = vec![(header::ACCEPT, manifest::MEDIA_TYPES.join(", "))];
-        let answer = route.open(Ask { registry: self, own, headers: &headers }).await?;
+        let answer = route.open(Ask { registry: self, own, refusals, headers: &headers }).await?;
         let place = answer.place.clone();
         if answer.status() != 200 {
             let status = answer.status();

@@ -6,7 +6,7 @@
 //!     tries                  again, with pauses, until it works or there is no point
 //!       route                one way: the registry, a mirror, a peer; redirects, remembered
 //!         access             what to show, renewed in time; a line for those who were refused
-//!         |  token, credentials, credential_file, flight
+//!         |  refusals, token, credentials, credential_file, flight
 //!         transport          one request and one answer, at a pace that is watched
 //!            resolver, runtime
 //!
@@ -68,6 +68,7 @@ mod options;
 mod range;
 mod redirect;
 mod reference;
+mod refusals;
 mod resolver;
 mod rest;
 mod retry;

@@ -9,6 +9,7 @@ use super::blob_url::Origin;
 use super::client::{Counters, Host, Registry};
 use super::fault::Fault;
 use super::redirect;
+use super::refusals::Refusals;
 use super::rest::Rest;
 use super::retry::Remedy;
 use super::transport::{Answer, Request};
@@ -33,6 +34,7 @@ pub(super) struct Ask<'a> {
     pub(super) registry: &'a Registry,
     /// The counters of who asks.
     pub(super) own: &'a Counters,
+    pub(super) refusals: &'a Refusals,
     pub(super) headers: &'a Headers,
 }
 
@@ -173,7 +175,7 @@ impl Route {
             let answer = self.send(to, &self.url, granted.as_ref()).await?;
             match answer.status() {
                 200 | 206 => {
-                    self.access.allow();
+                    self.let_in(to);
                     return Ok(answer);
                 }
                 401 | 403 => {
@@ -186,13 +188,22 @@ impl Route {
                     is_fresh = true;
                 }
                 status if redirect::is_redirect(status) => {
-                    self.access.allow();
+                    self.let_in(to);
                     return self.follow(to, answer, granted.as_ref()).await;
                 }
                 _ => return Err(answer.fault()),
             }
         }
         Err(refusal)
+    }
+
+    /// Takes note that who is asked lets us in, whatever the answer.
+    fn let_in(&self, to: Ask<'_>) {
+        self.access.refusals.allow();
+        // A mirror speaks for itself.
+        if self.host.is_none() {
+            to.refusals.allow();
+        }
     }
 
     async fn send(

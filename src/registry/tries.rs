@@ -3,6 +3,7 @@
 use super::access::Access;
 use super::client::{Counters, Host, Registry};
 use super::fault::Fault;
+use super::refusals::Refusals;
 use super::retry::{Backoff, Remedy};
 use crate::error::Error;
 use crate::limits::{REGISTRY_ATTEMPTS_MAX, REGISTRY_MALFORMED_MAX};
@@ -20,6 +21,8 @@ pub(super) struct Tries<'a> {
     own: &'a Counters,
     host: Arc<Host>,
     access: Arc<Access>,
+    /// Of what is asked for.
+    refusals: &'a Refusals,
     deadline: Instant,
     backoff: Backoff,
     attempts: u32,
@@ -35,7 +38,7 @@ impl<'a> Tries<'a> {
     pub(super) fn new(
         (registry, own): (&'a Registry, &'a Counters),
         host: Arc<Host>,
-        access: Arc<Access>,
+        (access, refusals): (Arc<Access>, &'a Refusals),
         deadline: Instant,
     ) -> Self {
         let backoff = Backoff::new(fastrand::Rng::new());
@@ -44,6 +47,7 @@ impl<'a> Tries<'a> {
             own,
             host,
             access,
+            refusals,
             deadline,
             backoff,
             attempts: 0,
@@ -76,15 +80,27 @@ impl<'a> Tries<'a> {
         access: &'a Access,
         needs_leave: bool,
     ) -> Result<(), Error> {
-        match access.denied() {
-            Some(why) if needs_leave && self.turn.is_none() => self.wait_in_line(access, why).await,
-            _ => Ok(()),
+        let lines = [&access.refusals, self.refusals];
+        let denied = || lines.iter().find_map(|line| line.last().map(|why| (*line, why)));
+        while let Some((line, why)) = denied().filter(|_| needs_leave) {
+            if self.turn.is_some() {
+                return Ok(());
+            }
+            self.wait_in_line(access, line, why).await?;
         }
+        // Nobody is refused any more: the next who is need not wait for the end of this read.
+        self.turn = None;
+        Ok(())
     }
 
-    async fn wait_in_line(&mut self, access: &'a Access, why: Fault) -> Result<(), Error> {
+    async fn wait_in_line(
+        &mut self,
+        access: &'a Access,
+        line: &'a Refusals,
+        why: Fault,
+    ) -> Result<(), Error> {
         self.own.credential_waits.fetch_add(1, Ordering::Relaxed);
-        let waited = time::timeout_at(self.deadline.into(), access.wait()).await;
+        let waited = time::timeout_at(self.deadline.into(), access.wait(line)).await;
         match waited {
             Ok(turn) => {
                 self.turn = turn;
@@ -112,7 +128,7 @@ impl<'a> Tries<'a> {
             Remedy::Nothing => return Err(self.given_up(&fault)),
             Remedy::Credentials => {
                 self.turn = None;
-                self.access.deny(fault.clone());
+                self.access.deny(self.refusals, fault.clone());
                 if self.attempts >= REGISTRY_ATTEMPTS_MAX {
                     return Err(self.given_up(&fault));
                 }

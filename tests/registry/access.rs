@@ -11,9 +11,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-const PASSWORD: &str = "correct-horse";
+pub(crate) const PASSWORD: &str = "correct-horse";
 
-fn basic() -> String {
+pub(crate) fn basic() -> String {
     STANDARD.encode(format!("user:{PASSWORD}"))
 }
 
@@ -25,7 +25,7 @@ fn lab_with(change: impl FnOnce(&mut Bearer)) -> Lab {
     lab
 }
 
-fn write_credentials(path: &Path, host: &str, password: &str) {
+pub(crate) fn write_credentials(path: &Path, host: &str, password: &str) {
     let auth = STANDARD.encode(format!("user:{password}"));
     let text = format!("{{\"auths\":{{\"{host}\":{{\"auth\":\"{auth}\"}}}}}}");
     // As programs do that mean it: a new file under the old name.
@@ -34,7 +34,7 @@ fn write_credentials(path: &Path, host: &str, password: &str) {
     std::fs::rename(new, path).unwrap();
 }
 
-fn with_file(path: &Path) -> Options {
+pub(crate) fn with_file(path: &Path) -> Options {
     let credentials = vec![CredentialSource::File(path.to_owned())];
     Options { credentials, ..Options::default() }
 }

@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 pub(crate) struct Content {
     /// By digest.
     pub(crate) blobs: HashMap<String, Arc<[u8]>>,
+    /// Digests of those that nobody may have.
+    pub(crate) forbidden: Vec<String>,
     /// By tag and by digest: media type and bytes.
     pub(crate) manifests: HashMap<String, (String, Vec<u8>)>,
 }
@@ -180,6 +182,9 @@ fn token(state: &mut State, request: &Request) -> Answer {
 
 fn blob(state: &State, shared: &Shared, request: &Request) -> Answer {
     let digest = request.path().rsplit('/').next().unwrap_or("");
+    if state.content.forbidden.iter().any(|forbidden| forbidden == digest) {
+        return Answer::status(403);
+    }
     let Some(whole) = state.content.blobs.get(digest) else { return Answer::status(404) };
     if let Some((base, good_ms)) = &state.redirect {
         let end = shared.started.elapsed().as_millis() as u64 + good_ms;
