@@ -520,6 +520,10 @@ pub const BLOB_REQUESTS_AT_ONCE_MAX: usize = 16;
 /// Hosts that are remembered with their budgets. An image has one registry, and that a few stores.
 pub const REGISTRY_HOSTS_MAX: usize = 256;
 
+/// How old a redirect may be that is used for bytes which were wrong before: young enough to be to
+/// another store if the registry knows of one, old enough that it is not asked for each extent.
+pub const REDIRECT_RECENT_MS: u64 = 10_000;
+
 /// Executors, of which each serves one registry: a thread and some files for each. Most images have
 /// one, with layers of another that they were made upon; further ones share.
 pub const REGISTRY_EXECUTORS_MAX: usize = 4;

@@ -8,6 +8,7 @@ use super::range::{self, Accepted, Asked, Refusal};
 use super::refusals::Refusals;
 use super::route::{Ask, Route};
 use super::runtime::{self, Lost};
+use super::transport::Answer;
 use super::tries::Tries;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::limits::{
@@ -219,14 +220,13 @@ impl Parts {
     async fn attempt(&self, piece: &mut Piece<'_>, ways: Ways) -> Result<Accepted, Fault> {
         let lost = |_| Fault::unavailable("the line of requests is closed");
         let _own_turn = self.line.acquire().await.map_err(lost)?;
-        let _turn = self.host.line.acquire().await.map_err(lost)?;
         let mut failed = None;
         for (number, route) in (1..).zip(&self.routes) {
             let is_last = number == self.routes.len();
             if !is_last && (ways == Ways::Own || !route.begin()) {
                 continue;
             }
-            match self.attempt_by(route, piece).await {
+            match self.attempt_by(route, ways, piece).await {
                 Ok(accepted) => {
                     route.succeeded();
                     return Ok(accepted);
@@ -242,13 +242,31 @@ impl Parts {
         Err(failed.unwrap_or_else(|| Fault::unavailable("there is no way to the blob")))
     }
 
-    async fn attempt_by(&self, route: &Route, piece: &mut Piece<'_>) -> Result<Accepted, Fault> {
+    async fn attempt_by(
+        &self,
+        route: &Route,
+        ways: Ways,
+        piece: &mut Piece<'_>,
+    ) -> Result<Accepted, Fault> {
         let asked = Asked { bytes: piece.missing(), total_bytes: piece.total_bytes };
         let wanted = format!("bytes={}-{}", asked.bytes.start, asked.bytes.end - 1);
         let headers = vec![(header::RANGE, wanted)];
         let (registry, own, refusals) = (&*self.registry, &self.counters, &self.refusals);
-        let ask = Ask { registry, own, refusals, headers: &headers };
+        let is_suspect = ways == Ways::Own;
+        let ask = Ask { registry, own, refusals, headers: &headers, is_suspect };
         let answer = route.open(ask).await?;
+        let is_by_memory = answer.is_by_memory;
+        let received = self.receive(&asked, answer, piece).await;
+        received.map_err(|fault| route.disappointed(is_by_memory, fault))
+    }
+
+    /// Takes the answer's body, if it is what was asked for.
+    async fn receive(
+        &self,
+        asked: &Asked,
+        answer: Answer,
+        piece: &mut Piece<'_>,
+    ) -> Result<Accepted, Fault> {
         let refused = |refusal: Refusal| {
             let fault = Fault::malformed(format!("{}: {refusal}", answer.place));
             match refusal {
@@ -266,7 +284,7 @@ impl Parts {
                 .get(header::CONTENT_ENCODING)
                 .map(|value| value.to_str().unwrap_or("?")),
         };
-        let accepted = range::judge(&asked, &head).map_err(refused)?;
+        let accepted = range::judge(asked, &head).map_err(refused)?;
         let place = answer.place.clone();
         let before = piece.done;
         let mut body = answer.body();

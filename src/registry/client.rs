@@ -50,11 +50,11 @@ pub struct Counts {
     pub bytes: u64,
 }
 
-/// What is known of one registry or mirror.
+/// What is known of one registry, mirror or store.
 #[derive(Debug)]
 pub(super) struct Host {
     /// Requests under way.
-    pub(super) line: Semaphore,
+    pub(super) line: Arc<Semaphore>,
     /// Where those of its blobs run, chosen when there is one.
     lane: OnceLock<Lane>,
     state: Mutex<HostState>,
@@ -138,7 +138,7 @@ impl Host {
         let now = Instant::now();
         let budget = Budget::new(now);
         let state = HostState { budget, as_mirror: Rest::new(now) };
-        let line = Semaphore::new(REGISTRY_REQUESTS_AT_ONCE_MAX);
+        let line = Arc::new(Semaphore::new(REGISTRY_REQUESTS_AT_ONCE_MAX));
         Self { line, lane: OnceLock::new(), state: Mutex::new(state) }
     }
 

@@ -234,7 +234,9 @@ impl Registry {
         (own, refusals): (&Counters, &Refusals),
     ) -> Result<Vec<u8>, Fault> {
         let headers = vec![(header::ACCEPT, manifest::MEDIA_TYPES.join(", "))];
-        let answer = route.open(Ask { registry: self, own, refusals, headers: &headers }).await?;
+        let answer = route
+            .open(Ask { registry: self, own, refusals, headers: &headers, is_suspect: false })
+            .await?;
         let place = answer.place.clone();
         if answer.status() != 200 {
             let status = answer.status();

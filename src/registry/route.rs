@@ -14,12 +14,13 @@ use super::rest::Rest;
 use super::retry::Remedy;
 use super::transport::{Answer, Request};
 use crate::error::ErrorKind;
-use crate::limits::{MIRROR_REST_MS, REDIRECTS_MAX};
+use crate::limits::{MIRROR_REST_MS, REDIRECT_RECENT_MS, REDIRECTS_MAX};
 use reqwest::Url;
 use reqwest::header::{self, HeaderName};
 use std::mem;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
+use tokio::time;
 
 /// Requests to a registry for one answer: with something stale, with nothing, with something new,
 /// and one more for when others renewed it meanwhile.
@@ -36,6 +37,8 @@ pub(super) struct Ask<'a> {
     pub(super) own: &'a Counters,
     pub(super) refusals: &'a Refusals,
     pub(super) headers: &'a Headers,
+    /// Whether what came this way before was wrong.
+    pub(super) is_suspect: bool,
 }
 
 /// One way to one document or blob.
@@ -56,6 +59,9 @@ pub(super) struct Route {
 /// Where redirects led.
 struct Followed {
     url: Url,
+    since: Instant,
+    /// Whether the registry was asked because of wrong bytes.
+    is_after_wrong_bytes: bool,
     until: Instant,
     /// Whether who is there had trouble of its own before.
     is_doubted: bool,
@@ -128,16 +134,21 @@ impl Route {
 
     /// Whether a redirect is known, so that the registry need not be asked.
     pub(super) fn is_resolved(&self) -> bool {
-        self.remembered().is_some()
+        self.remembered(false).is_some()
     }
 
     /// An answer of status 200 or 206.
     pub(super) async fn open(&self, to: Ask<'_>) -> Result<Answer, Fault> {
-        if let Some(url) = self.remembered() {
-            match self.send(to, &url, None).await {
-                Ok(answer) if matches!(answer.status(), 200 | 206) => return Ok(answer),
+        if let Some(url) = self.remembered(to.is_suspect) {
+            let is_ours = self.origin.as_ref().is_some_and(|own| redirect::may_carry(own, &url));
+            let granted = if is_ours { self.access.granted().await.ok().flatten() } else { None };
+            match self.send(to, &url, granted.as_ref()).await {
+                Ok(mut answer) if matches!(answer.status(), 200 | 206) => {
+                    answer.is_by_memory = true;
+                    return Ok(answer);
+                }
                 Ok(answer) if is_trouble(answer.status()) => {
-                    self.doubt(&answer);
+                    self.doubt();
                     return Err(answer.fault());
                 }
                 // What is remembered is as good as before, and the registry knows no better.
@@ -224,7 +235,19 @@ impl Route {
             // Some stores let in only who was sent by the registry.
             request = request.header(header::REFERER, redirect::shown(&self.url));
         }
-        to.registry.transport.send(request).await
+        // Of whoever is asked: those who wait for a store or a token server keep nobody from the
+        // registry, nor from another store.
+        let host = Origin::of(url).map(|origin| to.registry.host(&origin.host));
+        let host = host.ok_or_else(|| Fault::unavailable("no host to ask"))?;
+        let turn = Arc::clone(&host.line).acquire_owned();
+        let turn = match self.head_max {
+            // There is another way than to wait for those who wait for it.
+            Some(longest) => time::timeout(longest, turn).await,
+            None => Ok(turn.await),
+        };
+        let lost = || Fault::slow(format!("no turn to ask {}", redirect::shown(url)));
+        let turn = turn.ok().and_then(Result::ok).ok_or_else(lost)?;
+        Ok(to.registry.transport.send(request).await?.with_turn(turn))
     }
 
     async fn follow(
@@ -246,12 +269,32 @@ impl Route {
             good_for = good_for.min(lifetime);
             url = next;
             answer.drain().await;
-            answer = self.send(to, &url, granted).await?;
+            let found = |is_doubted: bool| {
+                let since = Instant::now();
+                Some(Followed {
+                    url: url.clone(),
+                    since,
+                    is_after_wrong_bytes: to.is_suspect,
+                    until: since + good_for,
+                    is_doubted,
+                })
+            };
+            answer = match self.send(to, &url, granted).await {
+                Err(fault) if fault.remedy == Remedy::Hold => {
+                    // Or all who wait for that store would ask the registry where it is.
+                    self.remember(found(false));
+                    return Err(fault);
+                }
+                sent => sent?,
+            };
             match answer.status() {
                 200 | 206 => {
-                    let until = Instant::now() + good_for;
-                    self.remember(Some(Followed { url, until, is_doubted: false }));
+                    self.remember(found(false));
                     return Ok(answer);
+                }
+                status if is_trouble(status) && answer.retry_after().is_some() => {
+                    self.remember(found(true));
+                    return Err(answer.fault());
                 }
                 400 | 401 | 403 => {
                     // The store refuses what the registry signed, not us: a clock is wrong, or the
@@ -268,12 +311,21 @@ impl Route {
         Err(Fault::malformed(text))
     }
 
-    /// A store that fails twice is not come back to by what is remembered: the registry may know of
-    /// another one by now. One that only wants to be left alone for a while is.
-    fn doubt(&self, answer: &Answer) {
-        if answer.status() == 429 || answer.retry_after().is_some() {
-            return;
+    /// What came by this way was no data; `fault` as it is if the registry was asked where it is.
+    pub(super) fn disappointed(&self, is_by_memory: bool, mut fault: Fault) -> Fault {
+        if is_by_memory && fault.remedy == Remedy::Nothing {
+            // Not what the registry says today.
+            self.remember(None);
+            fault.remedy = Remedy::Few;
+        } else {
+            self.doubt();
         }
+        fault
+    }
+
+    /// A store that fails twice, or whose answers are no data, is not come back to by what is
+    /// remembered: the registry may know of another one by now.
+    fn doubt(&self) {
         let mut followed = self.followed.lock().unwrap_or_else(PoisonError::into_inner);
         let was_doubted =
             followed.as_mut().is_some_and(|it| mem::replace(&mut it.is_doubted, true));
@@ -282,9 +334,15 @@ impl Route {
         }
     }
 
-    fn remembered(&self) -> Option<Url> {
+    /// Where to go without asking; if what came from there is `suspect`, only if the registry has
+    /// said so since, and not long ago.
+    fn remembered(&self, is_suspect: bool) -> Option<Url> {
         let followed = self.followed.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_good = |followed: &&Followed| Instant::now() < followed.until;
+        let longest = Duration::from_millis(REDIRECT_RECENT_MS);
+        let is_good = |followed: &&Followed| {
+            let is_news = followed.is_after_wrong_bytes && followed.since.elapsed() < longest;
+            Instant::now() < followed.until && (!is_suspect || is_news)
+        };
         followed.as_ref().filter(is_good).map(|followed| followed.url.clone())
     }
 

@@ -22,6 +22,7 @@ use std::path::Path;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time;
 
 /// How long an idle connection is kept: shorter than the 60 s after which servers and the networks
@@ -153,7 +154,8 @@ impl Transport {
         let response = sent
             .map_err(|_| Fault::slow(format!("no answer within {head:?} from {place}")))?
             .map_err(|error| failed(error, &place))?;
-        let answer = Answer { response, place, pace: self.pace };
+        let (pace, is_by_memory, turn) = (self.pace, false, None);
+        let answer = Answer { response, place, pace, is_by_memory, turn };
         let is_trouble = retry::classify(answer.status()).0 == Remedy::Wait;
         if let Some(pause) = answer.retry_after().filter(|_| is_trouble) {
             self.holds.add(&host, pause, Instant::now());
@@ -168,9 +170,18 @@ pub(super) struct Answer {
     response: reqwest::Response,
     pub(super) place: String,
     pace: Pace,
+    /// Whether it comes from where a redirect led before, which may be news no more.
+    pub(super) is_by_memory: bool,
+    /// In the line of its host, until all of it is here.
+    turn: Option<OwnedSemaphorePermit>,
 }
 
 impl Answer {
+    /// Keeps `turn` as long as this or its body lives.
+    pub(super) fn with_turn(self, turn: OwnedSemaphorePermit) -> Self {
+        Self { turn: Some(turn), ..self }
+    }
+
     pub(super) fn status(&self) -> u16 {
         self.response.status().as_u16()
     }
@@ -221,7 +232,8 @@ impl Answer {
 
     pub(super) fn body(self) -> Body {
         let window = Box::pin(time::sleep(self.pace.window));
-        Body { response: self.response, place: self.place, pace: self.pace, window, bytes: 0 }
+        let Self { response, place, pace, turn, .. } = self;
+        Body { response, place, pace, window, bytes: 0, _turn: turn }
     }
 
     /// The whole body, if it has at most `bytes_max`.
@@ -254,6 +266,7 @@ pub(super) struct Body {
     window: Pin<Box<time::Sleep>>,
     /// Bytes that came within it.
     bytes: u64,
+    _turn: Option<OwnedSemaphorePermit>,
 }
 
 impl Body {

@@ -364,18 +364,6 @@ fn row_5_a_refusal_that_asks_for_nothing_is_waited_out_as_well() {
 }
 
 /// What is remembered of a redirect may be good for hours.
-#[test]
-fn row_5_a_store_that_fails_twice_is_asked_for_anew() {
-    let (lab, store) = with_store(3_600_000);
-    let blob = lab.blob(&lab.registry(Options::default()));
-    assert!(lab.read(&blob, 0..1000, ENOUGH).is_ok());
-    let other = Mock::start();
-    other.state().content.blobs.insert(lab.digest.clone(), Arc::clone(&lab.content));
-    store.fail(Part::Store, u64::MAX, Fault::status(503));
-    lab.mock.state().redirect = Some((other.url(), 3_600_000));
-    assert_eq!(lab.read(&blob, 0..1000, ENOUGH).unwrap(), lab.content[..1000]);
-    assert_eq!(store.count(Part::Store), 3, "the good read, and two more");
-}
 
 #[test]
 fn row_5_redirects_are_used_until_they_end_and_then_resolved_again() {
