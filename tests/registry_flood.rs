@@ -13,16 +13,43 @@ mod mock;
 use lab::{LATE, Lab};
 use mock::{Fault, Part};
 use obd_ublk::error::ErrorKind;
-use obd_ublk::registry::{Options, Pace};
+use obd_ublk::registry::{Options, Pace, Registry};
+use obd_ublk::source::Fetch;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Reads of the flooding server at the same time: as many as one blob may have under way.
-const FLOODED: usize = 16;
+/// Reads of the flooding server at the same time: half of what one blob may have under way. Each
+/// takes in 50 MB before it sees that it is not wanted any more.
+const FLOODED: usize = 8;
 
 const DEADLINE: Duration = Duration::from_secs(3);
 
 /// How long a read whose executor does not get on is waited for beyond that.
 const GRACE: Duration = Duration::from_millis(500);
+
+/// What else waits for the executor that does not get on: reads that nobody wants any more, and
+/// the questions that come before any read.
+fn ends_when_it_must(name: &str, flooding: &Lab, registry: &Arc<Registry>) {
+    let blob = flooding.blob(registry);
+    let long = Duration::from_secs(60);
+    std::thread::scope(|scope| {
+        let readers = [0; FLOODED / 2].map(|_| scope.spawn(|| flooding.read(&blob, 0..1000, long)));
+        std::thread::sleep(Duration::from_secs(1));
+        blob.cancel();
+        let canceled = Instant::now();
+        for reader in readers {
+            let error = reader.join().unwrap().unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Canceled, "{name}: {error:?}");
+        }
+        assert!(canceled.elapsed() < GRACE + LATE, "{name}: {:?}", canceled.elapsed());
+    });
+    let place = flooding.mock.blobs_of(lab::REPOSITORY);
+    let started = Instant::now();
+    let asked = registry.blob(&place, &flooding.digest, None, started + Duration::from_secs(1));
+    assert!(asked.is_err(), "{name}");
+    let took = started.elapsed();
+    assert!(took < Duration::from_secs(1) + GRACE + LATE, "{name}: {took:?}");
+}
 
 #[test]
 fn row_10_a_server_that_floods_us_with_no_data_delays_no_other_registrys_reads() {
@@ -54,8 +81,9 @@ fn row_10_a_server_that_floods_us_with_no_data_delays_no_other_registrys_reads()
                 std::thread::sleep(Duration::from_millis(20));
             }
         });
+        ends_when_it_must(name, &flooding, &registry);
         flooding.mock.state().rules.clear();
-        let read = flooding.read(&blob, 0..1000, Duration::from_secs(20));
+        let read = flooding.read(&blob, 0..1000, Duration::from_secs(60));
         assert_eq!(read.unwrap(), flooding.content[..1000], "{name}: it has come to its senses");
     }
 }

@@ -26,6 +26,9 @@ use tokio::time;
 /// together, so that it ends only what would never end, like a file on a disk that hangs.
 const OBTAIN_MAX: Duration = Duration::from_secs(60);
 
+/// The pause after a renewal ahead of time that failed. The old one still serves: no read waits.
+const RENEWAL_PAUSE: Duration = Duration::from_secs(1);
+
 /// What is shown to a registry.
 #[derive(Debug)]
 pub(super) struct Granted {
@@ -70,6 +73,8 @@ struct State {
     /// What the credential files looked like before they were read last; `None` before anybody
     /// looked, because the registry asked for none.
     stamp: Option<Stamp>,
+    /// Until when no successor is looked for, because there was none to be had.
+    no_renewal_before: Option<Instant>,
 }
 
 /// What may be tried against a refusal.
@@ -104,8 +109,9 @@ impl Access {
             let Some(wanted) = state.wanted.clone() else { return Ok(None) };
             if let Some(granted) = state.granted.as_ref().filter(|granted| granted.is_good(now)) {
                 let granted = Arc::clone(granted);
+                let may_renew = state.no_renewal_before.is_none_or(|until| now >= until);
                 drop(state);
-                if granted.renew_at.is_some_and(|at| now >= at) {
+                if may_renew && granted.renew_at.is_some_and(|at| now >= at) {
                     let access = Arc::clone(self);
                     self.flight.begin(move || access.obtained(wanted));
                 }
@@ -139,6 +145,10 @@ impl Access {
             let (place, longest) = (&self.place, self.obtain_max);
             Err(Fault::slow(format!("no credentials for {place} within {longest:?}")))
         });
+        if let Err(fault) = &granted {
+            let pause = fault.retry_after.unwrap_or_default().max(RENEWAL_PAUSE);
+            self.state().no_renewal_before = Instant::now().checked_add(pause);
+        }
         Obtained { wanted, granted }
     }
 

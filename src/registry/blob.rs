@@ -7,7 +7,7 @@ use super::fault::Fault;
 use super::range::{self, Accepted, Asked, Refusal};
 use super::refusals::Refusals;
 use super::route::{Ask, Route};
-use super::runtime::{self, Lost};
+use super::runtime;
 use super::transport::Answer;
 use super::tries::Tries;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
@@ -19,8 +19,8 @@ use crate::units::{to_u64, to_usize};
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use reqwest::{Url, header};
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch};
@@ -41,7 +41,8 @@ pub struct Blob {
 struct Parts {
     registry: Arc<Registry>,
     name: String,
-    bytes: u64,
+    /// Its length, once it is known.
+    bytes: OnceLock<u64>,
     host: Arc<Host>,
     /// That of the host.
     executor: Handle,
@@ -98,10 +99,10 @@ impl Registry {
         let place = BlobPlace::parse(repo_blob_url)?;
         let digest = Digest::parse(digest)?;
         let host = self.host(&place.origin().host);
-        let mut parts = Parts {
+        let parts = Parts {
             registry: Arc::clone(self),
             name: format!("{} {digest}", place.origin().host),
-            bytes: bytes.unwrap_or(0),
+            bytes: bytes.map_or_else(OnceLock::new, OnceLock::from),
             executor: host.executor()?,
             host,
             routes: self.routes(&place, &digest)?,
@@ -110,11 +111,16 @@ impl Registry {
             canceled: watch::Sender::new(false),
             counters: Counters::default(),
         };
+        let parts = Arc::new(parts);
         if bytes.is_none() {
-            let asked = parts.executor.block_on(parts.length(deadline));
-            parts.bytes = asked.context(|| format!("ask for the length of {}", parts.name))?;
+            let what = format!("ask for the length of {}", parts.name);
+            let asking = Arc::clone(&parts);
+            let asking = async move { asking.length(deadline).await };
+            let asked = runtime::run(&parts.executor, deadline, || true, asking);
+            let length = asked.map_err(|lost| lost.error(&what))?.context(|| what)?;
+            parts.bytes.get_or_init(|| length);
         }
-        Ok(Blob { parts: Arc::new(parts) })
+        Ok(Blob { parts })
     }
 
     fn routes(&self, place: &BlobPlace, digest: &Digest) -> Result<Vec<Route>> {
@@ -148,6 +154,10 @@ impl Registry {
 }
 
 impl Parts {
+    fn bytes(&self) -> u64 {
+        self.bytes.get().copied().unwrap_or(0)
+    }
+
     async fn length(&self, deadline: Instant) -> Result<u64> {
         let mut first = [0];
         let piece = Piece { offset_bytes: 0, dst: &mut first, done: 0, total_bytes: None };
@@ -168,7 +178,7 @@ impl Parts {
         // All of them before the first: that they are futures of one lifetime must be seen.
         let mut pieces = Vec::with_capacity(dst.len().div_ceil(piece_bytes));
         for (offset_bytes, dst) in starts.zip(dst.chunks_mut(piece_bytes)) {
-            let piece = Piece { offset_bytes, dst, done: 0, total_bytes: Some(self.bytes) };
+            let piece = Piece { offset_bytes, dst, done: 0, total_bytes: Some(self.bytes()) };
             pieces.push(self.piece(piece, ways, deadline));
         }
         let all = stream::iter(pieces).buffer_unordered(REGISTRY_PIECES_AT_ONCE_MAX);
@@ -329,8 +339,8 @@ impl Parts {
         deadline: Instant,
     ) -> Result<()> {
         let end = offset_bytes.checked_add(to_u64(dst.len()));
-        if end.is_none_or(|end| end > self.bytes) {
-            let (length, have) = (dst.len(), self.bytes);
+        if end.is_none_or(|end| end > self.bytes()) {
+            let (length, have) = (dst.len(), self.bytes());
             let message = format!(
                 "fetch {length} bytes at byte {offset_bytes} of {}: it has only {have} bytes",
                 self.name
@@ -363,7 +373,7 @@ impl Fetch for Blob {
     }
 
     fn bytes(&self) -> u64 {
-        self.parts.bytes
+        self.parts.bytes()
     }
 
     fn fetch(&self, offset_bytes: u64, dst: &mut [u8], deadline: Instant) -> Result<()> {
@@ -396,12 +406,10 @@ impl Fetch for Blob {
             };
             (memory, fetched)
         };
-        runtime::run(&self.parts.executor, deadline, fetch).unwrap_or_else(|lost| {
-            let (kind, why) = match lost {
-                Lost::Late => (ErrorKind::Timeout, "its executor hangs"),
-                Lost::Died => (ErrorKind::Io, "bug: it panicked"),
-            };
-            (Vec::new(), Err(Error::new(kind, format!("fetch {}: {why}", self.parts.name))))
+        let is_wanted = || !*self.parts.canceled.borrow();
+        let done = runtime::run(&self.parts.executor, deadline, is_wanted, fetch);
+        done.unwrap_or_else(|lost| {
+            (Vec::new(), Err(lost.error(&format!("fetch {}", self.parts.name))))
         })
     }
 

@@ -17,7 +17,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
+use tokio::time;
 
 /// The way to registries. One for a process is enough: it keeps connections, tokens and budgets.
 #[derive(Debug)]
@@ -57,6 +58,8 @@ pub(super) struct Host {
     pub(super) line: Arc<Semaphore>,
     /// Where those of its blobs run, chosen when there is one.
     lane: OnceLock<Lane>,
+    /// Told to those who wait for their turn to try again.
+    recovered: Notify,
     state: Mutex<HostState>,
 }
 
@@ -139,7 +142,8 @@ impl Host {
         let budget = Budget::new(now);
         let state = HostState { budget, as_mirror: Rest::new(now) };
         let line = Arc::new(Semaphore::new(REGISTRY_REQUESTS_AT_ONCE_MAX));
-        Self { line, lane: OnceLock::new(), state: Mutex::new(state) }
+        let (lane, recovered) = (OnceLock::new(), Notify::new());
+        Self { line, lane, recovered, state: Mutex::new(state) }
     }
 
     /// The executor for what this registry has.
@@ -169,5 +173,17 @@ impl Host {
 
     pub(super) fn succeeded(&self) {
         self.with(|state| state.budget.succeeded());
+        // Two for each: a host that is back is soon asked by all, one that often fails is not.
+        self.recovered.notify_one();
+        self.recovered.notify_one();
+    }
+
+    /// Waits for so long, the turn that [`Host::take_retry`] promised, or until the host answers
+    /// somebody else.
+    pub(super) async fn turn_comes(&self, pause: Duration) {
+        tokio::select! {
+            () = time::sleep(pause) => {}
+            () = self.recovered.notified() => self.put_retry_back(),
+        }
     }
 }

@@ -11,6 +11,7 @@ use super::manifest::{self, Descriptor, Document, Manifest, Platform};
 use super::reference::Reference;
 use super::refusals::Refusals;
 use super::route::{Ask, Route};
+use super::runtime;
 use super::tries::Tries;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::limits::{INDEX_DEPTH_MAX, MANIFEST_BYTES_MAX};
@@ -153,11 +154,19 @@ impl Registry {
     /// # Errors
     /// As [`open_layout`], `Io` when threads cannot be started, and why the registry could not be
     /// read.
-    pub fn image(&self, reference: &str, platform: &Platform, deadline: Instant) -> Result<Image> {
+    pub fn image(
+        self: &Arc<Self>,
+        reference: &str,
+        platform: &Platform,
+        deadline: Instant,
+    ) -> Result<Image> {
         let reference = Reference::parse(reference)?;
         let executor = self.host(reference.host()).executor()?;
-        let found = executor.block_on(self.find(&reference, platform, deadline));
-        found.context(|| format!("find the image {reference}"))
+        let what = format!("find the image {reference}");
+        let (registry, platform) = (Arc::clone(self), platform.clone());
+        let finding = async move { registry.find(&reference, &platform, deadline).await };
+        let found = runtime::run(&executor, deadline, || true, finding);
+        found.map_err(|lost| lost.error(&what))?.context(|| what)
     }
 
     async fn find(

@@ -6,7 +6,7 @@
 //! Their threads are marked as I/O flushers where the process may do that: a read that pages wait
 //! for must not itself wait for pages to be written.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::limits::REGISTRY_EXECUTORS_MAX;
 use std::future::Future;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -75,23 +75,43 @@ fn start() -> Result<Runtime> {
 /// tells more, and on a busy machine a timer is late.
 const GRACE: Duration = Duration::from_millis(500);
 
+/// How often those who wait look whether they still want to. The work looks, too, and at once: this
+/// is for an executor that does not get on.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+
 /// What became of work instead of its result.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Lost {
     /// The executor does not get on.
     Late,
+    /// Nobody wants it any more, and the executor does not get on.
+    Unwanted,
     /// It panicked.
     Died,
 }
 
-/// Has the executor do `work`, which ends by itself at `deadline`, and waits for it: on a clock of
-/// its own, so that a bug that blocks the executor's thread is an error and not a hang.
+impl Lost {
+    /// The error of what was to be done.
+    pub(super) fn error(&self, what: &str) -> Error {
+        let (kind, why) = match self {
+            Self::Late => (ErrorKind::Timeout, "its executor hangs"),
+            Self::Unwanted => (ErrorKind::Canceled, "the reader is going away"),
+            Self::Died => (ErrorKind::Io, "bug: it panicked"),
+        };
+        Error::new(kind, format!("{what}: {why}"))
+    }
+}
+
+/// Has the executor do `work`, which ends by itself at `deadline` and when it is not wanted, and
+/// waits for it: on a clock of its own, so that whatever keeps the executor's thread busy is an
+/// error and not a hang.
 ///
 /// # Errors
-/// When there is no result a little after `deadline`.
+/// When there is no result a little after `deadline`, or after it is not wanted.
 pub(super) fn run<T: Send + 'static>(
     handle: &Handle,
     deadline: Instant,
+    is_wanted: impl Fn() -> bool,
     work: impl Future<Output = T> + Send + 'static,
 ) -> Result<T, Lost> {
     let (sender, receiver) = sync_channel(1);
@@ -99,14 +119,21 @@ pub(super) fn run<T: Send + 'static>(
         // Nobody may be waiting any more.
         let _ = sender.send(work.await);
     });
-    let left = deadline.saturating_duration_since(Instant::now()).saturating_add(GRACE);
-    receiver.recv_timeout(left).map_err(|error| {
-        task.abort();
-        match error {
-            RecvTimeoutError::Timeout => Lost::Late,
-            RecvTimeoutError::Disconnected => Lost::Died,
+    let end = deadline.max(Instant::now()) + GRACE;
+    let mut was_wanted = true;
+    let lost = loop {
+        let left = end.saturating_duration_since(Instant::now());
+        match receiver.recv_timeout(left.min(LOOK_EVERY)) {
+            Ok(done) => return Ok(done),
+            Err(RecvTimeoutError::Disconnected) => break Lost::Died,
+            Err(RecvTimeoutError::Timeout) if left <= LOOK_EVERY => break Lost::Late,
+            // The work had the time between two looks to end by itself.
+            Err(RecvTimeoutError::Timeout) if !was_wanted => break Lost::Unwanted,
+            Err(RecvTimeoutError::Timeout) => was_wanted = is_wanted(),
         }
-    })
+    };
+    task.abort();
+    Err(lost)
 }
 
 fn mark_as_flusher() {
@@ -126,13 +153,23 @@ mod tests {
         // Its tasks run only while somebody blocks on it, and nobody does.
         let idle = Builder::new_current_thread().build().unwrap();
         let now = Instant::now();
-        assert_eq!(run(idle.handle(), now, async { 1 }), Err(Lost::Late));
+        assert_eq!(run(idle.handle(), now, || true, async { 1 }), Err(Lost::Late));
         assert!(now.elapsed() >= GRACE);
         let soon = Instant::now() + Duration::from_secs(60);
         let executor = Lane::next().executor().unwrap();
-        assert_eq!(run(&executor, soon, async { 2 }), Ok(2));
+        assert_eq!(run(&executor, soon, || true, async { 2 }), Ok(2));
         let dying = async { assert!(std::hint::black_box(false), "this task is meant to fail") };
-        assert_eq!(run(&executor, soon, dying), Err(Lost::Died));
+        assert_eq!(run(&executor, soon, || true, dying), Err(Lost::Died));
+    }
+
+    #[test]
+    fn work_that_is_not_wanted_any_more_is_waited_for_no_longer_than_a_moment() {
+        let idle = Builder::new_current_thread().build().unwrap();
+        let (now, soon) = (Instant::now(), Instant::now() + Duration::from_secs(60));
+        let is_wanted = || now.elapsed() < Duration::from_millis(600);
+        assert_eq!(run(idle.handle(), soon, is_wanted, async { 1 }), Err(Lost::Unwanted));
+        assert!(now.elapsed() >= Duration::from_millis(600));
+        assert!(now.elapsed() < Duration::from_secs(10), "{:?}", now.elapsed());
     }
 
     #[test]
@@ -150,7 +187,7 @@ mod tests {
                 tokio::spawn(async {}).await.unwrap();
             }
         };
-        assert_eq!(run(executor.handle(), soon, neighbour), Ok(()));
+        assert_eq!(run(executor.handle(), soon, || true, neighbour), Ok(()));
         busy.abort();
     }
 

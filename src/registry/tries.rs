@@ -151,16 +151,19 @@ impl<'a> Tries<'a> {
         if self.attempts >= REGISTRY_ATTEMPTS_MAX {
             return Err(self.given_up(&fault));
         }
-        pause = pause.max(self.host.take_retry());
-        if pause >= self.left() {
+        let for_others = self.host.take_retry().saturating_sub(pause);
+        if pause.saturating_add(for_others) >= self.left() {
             self.host.put_retry_back();
             return Err(self.given_up(&fault));
         }
-        tracing::debug!("again in {pause:?}: {}", fault.text);
+        tracing::debug!("again in {pause:?} and {for_others:?}: {}", fault.text);
         self.registry.counters.retries.fetch_add(1, Ordering::Relaxed);
         self.own.retries.fetch_add(1, Ordering::Relaxed);
         self.last = Some(fault);
         time::sleep(pause).await;
+        if !for_others.is_zero() {
+            self.host.turn_comes(for_others).await;
+        }
         Ok(())
     }
 

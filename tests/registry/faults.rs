@@ -166,6 +166,30 @@ fn row_7_a_registry_that_is_restarted_costs_no_read() {
     });
 }
 
+/// They once waited for the turns that were promised while it was down: 10 s for 200 of them.
+#[test]
+fn row_7_a_registry_that_is_back_is_soon_asked_by_all_who_wait_for_it() {
+    let lab = Lab::new();
+    lab.mock.fail(Part::Blob, FOREVER, Fault::status(503));
+    let registry = lab.registry(Options::default());
+    let blobs: Vec<_> = (0..20).map(|_| lab.blob(&registry)).collect();
+    std::thread::scope(|scope| {
+        let readers: Vec<_> = (0..200)
+            .map(|number| {
+                let (lab, blob) = (&lab, &blobs[number % blobs.len()]);
+                scope.spawn(move || lab.read(blob, 0..1000, Duration::from_secs(30)))
+            })
+            .collect();
+        std::thread::sleep(Duration::from_millis(700));
+        lab.mock.state().rules.clear();
+        let back = Instant::now();
+        for reader in readers {
+            assert_eq!(reader.join().unwrap().unwrap(), lab.content[..1000]);
+        }
+        assert!(back.elapsed() < Duration::from_secs(5), "{:?}", back.elapsed());
+    });
+}
+
 #[test]
 fn row_8_answers_that_lie_are_not_data() {
     let range = |text: &str| Fault::ContentRange(text.to_owned());

@@ -75,3 +75,22 @@ fn row_5_all_go_on_as_soon_as_one_is_let_in() {
         assert!(written.elapsed() < Duration::from_secs(3), "{:?}", written.elapsed());
     });
 }
+
+/// Each read once asked for a successor again, at once: 2000 times a second.
+#[test]
+fn row_5_a_token_that_cannot_be_renewed_ahead_is_asked_for_once_a_second() {
+    let lab = Lab::new();
+    let bearer = Bearer::at(&format!("{}/token", lab.mock.url()));
+    lab.mock.state().auth = Auth::Bearer(Bearer { told_seconds: Some(6), ..bearer });
+    let registry = lab.registry(Options::default());
+    let blob = lab.blob(&registry);
+    let started = Instant::now();
+    assert!(lab.read(&blob, 0..1000, LATE).is_ok());
+    lab.mock.fail(Part::Token, u64::MAX, Fault::status(500));
+    // It is renewed from 4.05 s on, and ends at 5.4 s.
+    while started.elapsed() < Duration::from_millis(5300) {
+        assert!(lab.read(&blob, 0..1000, LATE).is_ok());
+    }
+    let asked = lab.mock.count(Part::Token);
+    assert!((2..=3).contains(&asked), "{asked}");
+}
