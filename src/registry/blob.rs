@@ -284,15 +284,16 @@ impl Parts {
                 Refusal::Malformed(_) => fault,
             }
         };
+        let encodings = answer.headers().get_all(header::CONTENT_ENCODING);
         let head = range::Answer {
             status: answer.status(),
             content_ranges: &answer.all(header::CONTENT_RANGE),
             content_length: answer.content_length(),
             // What is there and no text is an encoding that we do not know.
-            content_encoding: answer
-                .headers()
-                .get(header::CONTENT_ENCODING)
-                .map(|value| value.to_str().unwrap_or("?")),
+            content_encodings: &encodings
+                .iter()
+                .map(|value| value.to_str().unwrap_or("?"))
+                .collect::<Vec<_>>(),
         };
         let accepted = range::judge(asked, &head).map_err(refused)?;
         let place = answer.place.clone();

@@ -1,8 +1,9 @@
 //! Whether an answer is the bytes that were asked for. Only then is its body data.
 //!
 //! A 206 must say with its Content-Range that it is exactly the range asked for. A 200 is the whole
-//! blob: data for a range that starts at 0, if the rest is little. Everything else is refused,
-//! because the reader above has no way to tell bytes of one place from bytes of another.
+//! blob: data for a range that starts at 0, if the rest is little and Content-Length says that it
+//! is all of the blob. (A page to log in at is a 200, too.) Everything else is refused, because the
+//! reader above has no way to tell bytes of one place from bytes of another.
 
 use crate::limits::REGISTRY_WHOLE_BODY_BYTES_MAX;
 use std::fmt;
@@ -26,8 +27,8 @@ pub(super) struct Answer<'a> {
     pub(super) content_ranges: &'a [&'a str],
     /// `Content-Length`; `None` for a body that ends when it ends.
     pub(super) content_length: Option<u64>,
-    /// `Content-Encoding`, if there is one.
-    pub(super) content_encoding: Option<&'a str>,
+    /// `Content-Encoding`, as often as it came.
+    pub(super) content_encodings: &'a [&'a str],
 }
 
 /// A body that is data.
@@ -93,9 +94,11 @@ fn number(text: &str) -> Option<u64> {
 /// Why it is not.
 pub(super) fn judge(asked: &Asked, answer: &Answer<'_>) -> Result<Accepted, Refusal> {
     let malformed = |text: String| Err(Refusal::Malformed(text));
-    if let Some(encoding) = answer.content_encoding
-        && !encoding.trim().eq_ignore_ascii_case("identity")
-    {
+    // Each header is a list, and all of them together are one: all were done to the body.
+    let mut encodings = answer.content_encodings.iter().flat_map(|header| header.split(','));
+    let is_encoded = |encoding: &&str| !encoding.trim().eq_ignore_ascii_case("identity");
+    if let Some(encoding) = encodings.find(is_encoded) {
+        let encoding = encoding.trim();
         let shown: String = encoding.chars().take(40).flat_map(char::escape_default).collect();
         return malformed(format!("the body is encoded ({shown})"));
     }
@@ -140,14 +143,16 @@ fn judge_whole(asked: &Asked, answer: &Answer<'_>) -> Result<Accepted, Refusal> 
     if start != 0 {
         return malformed(format!("200 instead of 206 for a range that starts at byte {start}"));
     }
-    if let (Some(found), Some(expected)) = (answer.content_length, asked.total_bytes)
-        && found != expected
-    {
-        return Err(Refusal::OtherLength { found, expected });
-    }
-    let Some(total) = answer.content_length.or(asked.total_bytes) else {
-        return malformed("200 without a length".to_owned());
+    // What the blob's length should be does not say what this body is: that of a page in chunks
+    // would be taken for the beginning of the blob.
+    let Some(total) = answer.content_length else {
+        return malformed("200 without a Content-Length".to_owned());
     };
+    if let Some(expected) = asked.total_bytes
+        && total != expected
+    {
+        return Err(Refusal::OtherLength { found: total, expected });
+    }
     if total < end {
         return malformed(format!("200 with {total} bytes, expected at least {end}"));
     }
@@ -233,8 +238,10 @@ mod tests {
             judge(&asked(bytes), &Answer { status: 200, content_length, ..Answer::default() })
         };
         assert_eq!(judged(0..1000, Some(1000)), accepted(true));
-        assert_eq!(judged(0..1000, None), accepted(true));
         assert_eq!(judged(0..10, Some(1000)), accepted(false));
+        for bytes in [0..10, 0..1000] {
+            assert_eq!(judged(bytes, None), refused("200 without a Content-Length"));
+        }
         let shifted = "200 instead of 206 for a range that starts at byte 1";
         assert_eq!(judged(1..1000, Some(1000)), refused(shifted));
         let other = Refusal::OtherLength { found: 10, expected: 1000 };
@@ -250,24 +257,39 @@ mod tests {
         assert_eq!(judge(&want, &answer), Ok(whole));
         let unknown = Asked { bytes: 0..1, total_bytes: None };
         let open = Answer { status: 200, ..Answer::default() };
-        assert_eq!(judge(&unknown, &open), refused("200 without a length"));
+        assert_eq!(judge(&unknown, &open), refused("200 without a Content-Length"));
+        let known = Answer { content_length: Some(9), ..open };
+        let whole = Accepted { total_bytes: Some(9), ends: false };
+        assert_eq!(judge(&unknown, &known), Ok(whole), "it is the only one who knows");
     }
 
     #[test]
     fn an_encoded_body_is_not_data() {
-        let judged = |encoding| {
+        let judged = |encodings: &[&str]| {
             let ranges = ["bytes 10-19/1000"];
             let answer = Answer {
                 status: 206,
                 content_ranges: &ranges,
-                content_encoding: Some(encoding),
+                content_encodings: encodings,
                 content_length: Some(10),
             };
             judge(&asked(10..20), &answer)
         };
-        assert_eq!(judged("identity"), accepted(true));
-        assert_eq!(judged("gzip"), refused("the body is encoded (gzip)"));
-        assert_eq!(judged("\u{1b}[m"), refused("the body is encoded (\\u{1b}[m)"));
+        for plain in [["identity"].as_slice(), &["Identity", "identity , identity"], &[]] {
+            assert_eq!(judged(plain), accepted(true), "{plain:?}");
+        }
+        let gzip = refused("the body is encoded (gzip)");
+        for encoded in [
+            ["gzip"].as_slice(),
+            &["identity", "gzip"],
+            &["gzip", "identity"],
+            &["identity, gzip"],
+            &["identity", "identity,gzip ,identity"],
+        ] {
+            assert_eq!(judged(encoded), gzip, "{encoded:?}");
+        }
+        assert_eq!(judged(&["\u{1b}[m"]), refused("the body is encoded (\\u{1b}[m)"));
+        assert_eq!(judged(&[""]), refused("the body is encoded ()"));
     }
 
     proptest! {
@@ -282,7 +304,7 @@ mod tests {
             let range = format!("bytes {found}-{last}/{total}");
             let ranges = [range.as_str()];
             let content_ranges: &[&str] = if status == 206 { &ranges } else { &[] };
-            let answer = Answer { status, content_ranges, content_length, content_encoding: None };
+            let answer = Answer { status, content_ranges, content_length, ..Answer::default() };
             if judge(&want, &answer).is_ok() {
                 let right = match status {
                     206 => {
@@ -290,7 +312,7 @@ mod tests {
                             && total == known
                             && content_length.is_none_or(|sent| sent == length)
                     }
-                    _ => start == 0 && content_length.is_none_or(|sent| sent == known),
+                    _ => start == 0 && content_length == Some(known),
                 };
                 prop_assert!(right);
             }
