@@ -67,10 +67,18 @@ pub(super) fn config_of(reference: &Path, service: &ServiceConfig) -> Result<Vec
 /// A reference as it may be shown: what stands where a user and a password would is left out.
 fn shown(text: &str) -> String {
     let Some(name) = text.strip_prefix(DOCKER) else { return text.to_owned() };
-    let digest_at = name.rfind("@sha256:").unwrap_or(name.len());
-    let (name, digest) = name.split_at(digest_at);
-    let name = name.rsplit_once('@').map_or(name, |(_, place)| place);
-    format!("{DOCKER}{name}{digest}")
+    // A password may look like a digest; what follows its `@` then has a slash, which none has.
+    let is_digest = |last: &str| {
+        (last.starts_with("sha256:") || last.starts_with("sha512:")) && !last.contains('/')
+    };
+    match name.rsplit_once('@') {
+        None => text.to_owned(),
+        Some((named, digest)) if is_digest(digest) => {
+            let place = named.rsplit_once('@').map_or(named, |(_, place)| place);
+            format!("{DOCKER}{place}@{digest}")
+        }
+        Some((_, place)) => format!("{DOCKER}{place}"),
+    }
 }
 
 /// Where the cache is and how large it may be, as the host's config says.
@@ -424,7 +432,13 @@ mod tests {
             ("docker://h:1/a/b:c", "docker://h:1/a/b:c"),
             ("docker://h/a@sha256:12", "docker://h/a@sha256:12"),
             ("docker://u:secret@h/a:c", "docker://h/a:c"),
+            ("docker://h/a@sha512:12", "docker://h/a@sha512:12"),
             ("docker://u:se@cret@h/a@sha256:12", "docker://h/a@sha256:12"),
+            ("docker://u:se@cret@h/a@sha512:12", "docker://h/a@sha512:12"),
+            ("docker://u:secret@secret@127.0.0.1:1/a:c", "docker://127.0.0.1:1/a:c"),
+            ("docker://u:secret@sha256:secret@h/a", "docker://h/a"),
+            ("docker://u:sec/ret@h/a", "docker://h/a"),
+            ("docker://u:secret@redis", "docker://redis"),
             ("oci-layout:/a@b/c", "oci-layout:/a@b/c"),
         ] {
             assert_eq!(shown(text), expected);

@@ -29,8 +29,13 @@ impl Reference {
     /// The image called `text`.
     ///
     /// # Errors
-    /// `InvalidConfig`.
+    /// `InvalidConfig`. It repeats nothing of a name with a user in it.
     pub fn parse(text: &str) -> Result<Self> {
+        if names_a_user(text) {
+            let message = "image reference: it names a user, who belongs with the password into \
+                           docker's config.json";
+            return Err(Error::new(ErrorKind::InvalidConfig, message));
+        }
         let invalid = |why: &str| {
             let shown: String = text.chars().take(200).flat_map(char::escape_default).collect();
             Error::new(ErrorKind::InvalidConfig, format!("image reference {shown:?}: {why}"))
@@ -38,7 +43,7 @@ impl Reference {
         if text.len() > REFERENCE_BYTES_MAX {
             return Err(invalid("too long"));
         }
-        let (name, digest) = match text.split_once('@') {
+        let (name, digest) = match text.rsplit_once('@') {
             Some((name, digest)) => (name, Some(Digest::parse(digest)?)),
             None => (text, None),
         };
@@ -125,6 +130,12 @@ impl fmt::Display for Reference {
             None => Ok(()),
         }
     }
+}
+
+/// Whether somebody is named in front of the host. There is one `@` at most, before a digest, which
+/// has no slash: a password may have both.
+fn names_a_user(text: &str) -> bool {
+    text.rsplit_once('@').is_some_and(|(name, rest)| name.contains('@') || rest.contains('/'))
 }
 
 /// Whether `host` is one of the names of Docker Hub.
@@ -262,13 +273,39 @@ mod tests {
             "[::1/a",
             "[zz]:1/a",
             "a:b:c",
-            "user:pw@host.x/a",
             "host.x:+80/a",
             &too_long,
         ] {
             let found = Reference::parse(bad);
             assert_eq!(found.map_err(|e| e.kind()), Err(ErrorKind::InvalidConfig), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_user_is_refused_and_nothing_of_the_name_is_repeated() {
+        let too_long = format!("user:hunter2@host.x/{}", "b".repeat(REFERENCE_BYTES_MAX));
+        let pinned = format!("u:hunter2@host.x/a@{}", Digest::of(b""));
+        for text in [
+            "u:hunter2@host.x/a",
+            "hunter2@host.x/a:b",
+            "u:hunter2@hunter2@127.0.0.1:18080/test:x",
+            "u:hunter2@hunter2@hunter2",
+            "u:hunter2/hunter2@127.0.0.1:18080/test",
+            "u:hunter2@sha256:hunter2@host.x/a",
+            "u:hunter2@host.x/a@sha256:00",
+            "https://u:hunter2@host.x/a",
+            "@host.x/a",
+            &pinned,
+            &too_long,
+        ] {
+            let error = Reference::parse(text).unwrap_err();
+            let told = "image reference: it names a user, who belongs with the password into \
+                        docker's config.json";
+            assert_eq!((error.kind(), &*error.to_string()), (ErrorKind::InvalidConfig, told));
+        }
+        // One `@` before what may be meant for a digest.
+        let error = Reference::parse("host.x/a@sha256:00").unwrap_err();
+        assert!(error.to_string().starts_with("digest: found \"sha256:00\""), "{error}");
     }
 
     proptest! {
