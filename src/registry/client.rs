@@ -1,7 +1,7 @@
 //! What all blobs share: clients, credentials, and what is known of hosts and repositories.
 
 use super::access::Access;
-use super::blob_url::BlobPlace;
+use super::blob_url::{BlobPlace, Origin};
 use super::credentials::Credentials;
 use super::options::Options;
 use super::rest::Rest;
@@ -76,8 +76,13 @@ impl Registry {
     /// `InvalidConfig` naming the option; `Io` when files cannot be read.
     pub fn new(mut options: Options) -> Result<Arc<Self>> {
         let is_plain = |url: Url| url.username().is_empty() && url.password().is_none();
-        if !options.mirrors.iter().all(|mirror| Url::parse(&mirror.url).is_ok_and(is_plain)) {
-            let message = "mirror: expected a URL without a user, https://HOST";
+        // What follows the mirror's URL is a path: a query would swallow it.
+        let is_base = |url: Url| {
+            let ends_with_path = url.query().is_none() && url.fragment().is_none();
+            ends_with_path && Origin::of(&url).is_some() && is_plain(url)
+        };
+        if !options.mirrors.iter().all(|mirror| Url::parse(&mirror.url).is_ok_and(is_base)) {
+            let message = "mirror: expected https://HOST, without a user, query or fragment";
             return Err(Error::new(ErrorKind::InvalidConfig, message));
         }
         if let Some(prefix) = &mut options.p2p_prefix {

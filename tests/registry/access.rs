@@ -603,6 +603,20 @@ fn options_that_are_wrong_are_refused_without_repeating_them() {
         assert_eq!(error.kind(), ErrorKind::InvalidConfig, "{error:?}");
         assert!(!format!("{error:?}").contains("hunter2"), "{error:?}");
     }
+    for url in [
+        "https://m.example.com?key=hunter2",
+        "https://m.example.com/a?",
+        "https://m.example.com/#hunter2",
+        "https://user:hunter2@m.example.com",
+        "ftp://hunter2.example.com",
+        "hunter2:5000",
+    ] {
+        let mirrors = vec![Mirror::new("reg.example.com", url)];
+        let error = Registry::new(Options { mirrors, ..Options::default() }).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidConfig, "{url}: {error:?}");
+        let told = "mirror: expected https://HOST, without a user, query or fragment";
+        assert_eq!(error.to_string(), told, "{url}");
+    }
     let nowhere = vec![std::path::PathBuf::from("/nowhere/ca.pem")];
     let error = Registry::new(Options { ca_files: nowhere, ..Options::default() }).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound, "{error:?}");
