@@ -2,7 +2,7 @@
 //! with a bounded number of requests, and no secret told.
 //!
 //! The faults are rows 5 to 10 of our fault matrix, and the tests are named by them: 5 credentials
-//! and redirects (`access`, `refusals`, `stores`), 6 what is not there, 7 trouble that
+//! and redirects (`access`, `refusals`, `stores`, `sources`), 6 what is not there, 7 trouble that
 //! passes (`faults`, and `holds` for those who ask to be left alone), 8 answers that lie (`faults`,
 //! and `heads` for what the mock does not say), 10 what is slow or cannot be reached (`reach`). Row
 //! 9, bytes that are wrong in content, is the codec's checksums' to notice, and the cache's to fetch
@@ -33,5 +33,7 @@ mod mock;
 mod reach;
 #[path = "registry/refusals.rs"]
 mod refusals;
+#[path = "registry/sources.rs"]
+mod sources;
 #[path = "registry/stores.rs"]
 mod stores;

@@ -8,10 +8,11 @@
 use super::blob_url::BlobPlace;
 use super::challenge::{self, Wanted};
 use super::credential_file::Credential;
-use super::credentials::{Credentials, Stamp};
+use super::credentials::{Credentials, Found, Stamp};
 use super::fault::Fault;
 use super::flight::Flight;
 use super::refusals::Refusals;
+use super::retry::Remedy;
 use super::secret::Secret;
 use super::token::{self, Wish};
 use super::transport::{Answer, Transport};
@@ -157,12 +158,14 @@ impl Access {
         let url = self.place.to_string();
         let stamp = self.credentials.stamp().await;
         self.state().stamp = Some(stamp);
-        let credential = self.credentials.find(origin, repository, &url).await?;
+        let Found { credential, unusable } =
+            self.credentials.find(origin, repository, &url).await?;
         let now = Instant::now();
         let granted = match wanted {
             Wanted::Basic => {
                 let header = credential.as_ref().and_then(Credential::basic);
                 let none = || Fault::unauthorized(format!("{} wants a password", self.place));
+                let none = || unusable.unwrap_or_else(none);
                 Granted { header: header.ok_or_else(none)?, end: None, renew_at: None }
             }
             Wanted::Bearer { realm, service, scope } => {
@@ -172,7 +175,12 @@ impl Access {
                     scope: scope.as_deref(),
                     repository,
                 };
-                let token = token::get(&self.transport, origin, &wish, credential.as_ref()).await?;
+                let got = token::get(&self.transport, origin, &wish, credential.as_ref()).await;
+                // A stranger who is refused could have been somebody.
+                let token = got.map_err(|fault| match unusable {
+                    Some(why) if credential.is_none() && fault.remedy == Remedy::Credentials => why,
+                    _ => fault,
+                })?;
                 let end = Some(now + token.good_for);
                 // The last quarter is time enough for a few tries.
                 let renew_at = Some(now + token.good_for.mul_f64(0.75));

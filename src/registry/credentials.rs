@@ -6,6 +6,7 @@
 use super::blob_url::Origin;
 use super::credential_file::{self, Credential, CredentialFile, Lead};
 use super::fault::Fault;
+use super::retry::Remedy;
 use super::secret::Secret;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{CREDENTIAL_BYTES_MAX, CREDENTIAL_HELPER_MS_MAX, CREDENTIAL_THREADS_MAX};
@@ -99,6 +100,15 @@ impl fmt::Debug for Service {
     }
 }
 
+/// What the sources have for a repository.
+#[derive(Debug)]
+pub(super) struct Found {
+    /// `None` when no source has one.
+    pub(super) credential: Option<Credential>,
+    /// Why the first one that cannot be used cannot, of those that were asked.
+    pub(super) unusable: Option<Fault>,
+}
+
 /// What a credential file looked like: another stamp, another content.
 pub(super) type Stamp = Vec<Option<(SystemTime, u64, u64)>>;
 
@@ -108,33 +118,55 @@ impl Credentials {
         Ok(Self { sources: ready, disk: Disk::new() })
     }
 
-    /// The credential for `repository` at `origin`; `None` when no source has one.
+    /// The credential for `repository` at `origin`, of the first source that has one. A source that
+    /// cannot be used is passed over, and told: the next ones, or nobody's name, may open it, too.
+    ///
+    /// # Errors
+    /// What may pass, like a service that does not answer: it may have the right one.
     pub(super) async fn find(
         &self,
         origin: &Origin,
         repository: &str,
         blob_url: &str,
-    ) -> Result<Option<Credential>, Fault> {
+    ) -> Result<Found, Fault> {
+        let mut unusable = None;
         for source in &self.sources {
-            let file = match source {
-                Ready::File(path) => match read_file(&self.disk, path.clone()).await? {
-                    Some(file) => file,
-                    None => continue,
-                },
-                Ready::Service(service) => ask(service, blob_url).await?,
-            };
-            let found = match file.lead(&origin.host, repository) {
-                Some(Lead::Here(credential)) => Some(credential),
-                Some(Lead::Helper { name, server }) => {
-                    run_helper(&self.disk, &name, &server).await?
+            match self.look(source, origin, repository, blob_url).await {
+                Ok(None) => {}
+                Ok(credential) => return Ok(Found { credential, unusable }),
+                Err(fault) if fault.remedy == Remedy::Credentials => {
+                    tracing::warn!(
+                        "credentials for {blob_url}: source passed over: {}",
+                        fault.text
+                    );
+                    unusable.get_or_insert(fault);
                 }
-                None => None,
-            };
-            if found.is_some() {
-                return Ok(found);
+                Err(fault) => return Err(fault),
             }
         }
-        Ok(None)
+        Ok(Found { credential: None, unusable })
+    }
+
+    /// What one source has for `repository` at `origin`.
+    async fn look(
+        &self,
+        source: &Ready,
+        origin: &Origin,
+        repository: &str,
+        blob_url: &str,
+    ) -> Result<Option<Credential>, Fault> {
+        let file = match source {
+            Ready::File(path) => match read_file(&self.disk, path.clone()).await? {
+                Some(file) => file,
+                None => return Ok(None),
+            },
+            Ready::Service(service) => ask(service, blob_url).await?,
+        };
+        match file.lead(&origin.host, repository) {
+            Some(Lead::Here(credential)) => Ok(Some(credential)),
+            Some(Lead::Helper { name, server }) => run_helper(&self.disk, &name, &server).await,
+            None => Ok(None),
+        }
     }
 
     /// What the files look like now.
@@ -304,6 +336,7 @@ async fn run_program(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::registry::blob_url::BlobPlace;
     use std::os::unix::fs::PermissionsExt as _;
 
     fn run(script: &str) -> (Result<Option<Credential>, Fault>, String) {
@@ -342,6 +375,53 @@ mod tests {
             assert!(fault.text.ends_with(told), "{script}: {}", fault.text);
             assert_eq!(fault.kind, ErrorKind::Unauthorized, "{script}");
         }
+    }
+
+    #[test]
+    fn a_source_that_cannot_be_used_is_passed_over_and_told_without_its_secrets() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str, text: &str| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            Source::File(path)
+        };
+        let broken = file("broken", r#"{"auths":{"reg.example.com":{"password":hunter2}}}"#);
+        let no_folder = Source::File(folder.path().join("broken/config.json"));
+        let no_helper = file("helper", r#"{"credsStore":"there-is-none-of-this-name"}"#);
+        let right =
+            r#"{"auths":{"reg.example.com":{"username":"user","password":"correct-horse"}}}"#;
+        let place = BlobPlace::parse("https://reg.example.com/v2/a/b/blobs").unwrap();
+        let find = |sources: &[Source]| {
+            let credentials = Credentials::new(sources).unwrap();
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            let url = place.to_string();
+            let found = credentials.find(place.origin(), place.repository(), &url);
+            runtime.unwrap().block_on(found).unwrap()
+        };
+        let log = tempfile::NamedTempFile::new().unwrap();
+        let written = Arc::new(log.reopen().unwrap());
+        let subscriber = tracing_subscriber::fmt().with_writer(written).finish();
+        let guard = tracing::subscriber::set_default(subscriber);
+        let mut sources = vec![no_folder, broken, no_helper];
+        let Found { credential, unusable } = find(&sources);
+        assert_eq!(credential, None);
+        let first = unusable.unwrap().text;
+        assert!(first.contains("broken/config.json: Not a directory"), "{first}");
+        sources.push(file("right", right));
+        let Found { credential, unusable } = find(&sources);
+        assert!(credential.is_some());
+        assert_eq!(unusable.unwrap().text, first);
+        drop(guard);
+        let told = std::fs::read_to_string(log.path()).unwrap();
+        for why in [
+            "broken/config.json: Not a directory",
+            "broken: not what is expected at line 1 column 41",
+            "docker-credential-there-is-none-of-this-name: No such file or directory",
+        ] {
+            assert_eq!(told.matches(why).count(), 2, "{why}: {told}");
+        }
+        assert_eq!(told.matches("WARN").count(), 6, "{told}");
+        assert!(!told.contains("hunter2") && !told.contains("correct-horse"), "{told}");
     }
 
     #[test]
