@@ -147,7 +147,10 @@ fn mirrors_and_whom_to_trust_are_named_in_the_hosts_config() {
     let many = vec![json!({"host": "a", "url": "https://b"}); 9];
     for (wrong, told) in [
         (json!({"mirrors": many}), "registries: found 9 mirrors, expected 8 at most"),
-        (json!({"mirrors": [{"host": "a", "url": "https://user@b"}]}), "mirror: expected a URL"),
+        (
+            json!({"mirrors": [{"host": "a", "url": "https://user@b"}]}),
+            "mirror: expected https://HOST, without a user",
+        ),
         (json!({"mirrors": [{"host": "a"}]}), "missing field `url`"),
         (json!({"caFiles": [world.path("none.pem")]}), "none.pem"),
         (json!([]), "expected an object in registries"),
