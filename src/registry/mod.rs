@@ -35,9 +35,10 @@
 //! error's kind is that of the last thing that went wrong, so that errno and exit code say why.
 //!
 //! **Apart.** Calls block their own thread; sockets are polled by threads that the process has for
-//! this, one for each registry, started at first use, on which nothing blocks. Each host and each
-//! blob has its own line of requests: one that is slow, or that floods us with what is no data,
-//! delays nobody else. No lock is held across I/O.
+//! this, started at first use, on which nothing blocks. Each host, whatever its part, and each blob
+//! has its own line of requests: one that is slow delays nobody else. One that floods us with what
+//! is no data delays what shares its thread: the first four registries have one each, and their
+//! mirrors and stores are on it. No lock is held across I/O.
 //!
 //! **Discreet.** Credentials go to the origin that they are for, to the realm that it names, and to
 //! a peer-to-peer prefix that was configured; never to a mirror or the target of a redirect. The

@@ -314,6 +314,24 @@ fn a_mirror_is_asked_first_and_left_when_it_fails() {
     assert!(lab.read(&lab.blob(&registry), 0..1000, ENOUGH).is_ok(), "a dead mirror");
 }
 
+/// A mirror's length was once believed, and then the registry blamed for another one.
+#[test]
+fn the_length_of_a_blob_is_the_registrys_word_and_a_mirrors_only_without_it() {
+    let (lab, mirror) = (Lab::new(), Lab::new());
+    let half: Arc<[u8]> = lab.content[..50_000].into();
+    mirror.mock.state().content.blobs.insert(lab.digest.clone(), half);
+    let told = Mirror { of_host: lab.mock.host(), url: mirror.mock.url() };
+    let registry = lab.registry(Options { mirrors: vec![told], ..brisk_options() });
+    let length = |time| {
+        let deadline = Instant::now() + time;
+        registry.blob(&lab.mock.blobs_of(REPOSITORY), &lab.digest, None, deadline)
+    };
+    assert_eq!(length(ENOUGH).unwrap().bytes(), 100_000);
+    assert_eq!(mirror.mock.count(Part::Blob), 0);
+    lab.mock.fail(Part::Blob, u64::MAX, Fault::status(500));
+    assert_eq!(length(Duration::from_secs(2)).unwrap().bytes(), 50_000, "all that there is");
+}
+
 /// A mirror that accepts and never answers once delayed a read of each cycle by the time that a
 /// registry has for its head.
 #[test]
