@@ -391,6 +391,10 @@ pub const CACHE_BLOBS_MAX: usize = 100_000;
 /// the layer.
 pub const CACHE_COMMITS_MAX: usize = 256;
 
+/// Names in such a folder that are looked at for what killed copies left. The reference keeps a
+/// handful of files there.
+pub const COMMIT_FOLDER_NAMES_MAX: usize = 4096;
+
 /// Layers that `prefetch` pulls at a time unless told otherwise. Each is fetched by several
 /// requests already; more layers help where the larger ones are slow to begin.
 pub const PREFETCH_LAYERS_DEFAULT: u16 = 4;

@@ -427,10 +427,16 @@ fn the_copy_for_another_file_system_is_whole_or_not_there() {
     cached.fill(0..cached.bytes()).unwrap();
     let maintenance = maintenance(folder.path());
     assert_eq!(maintenance.promote(&blob.digest).unwrap(), Promotion::Done);
+    // Once the name that a process of another PID namespace, with our number, was writing under.
+    let other = shm.path().join(format!(".overlaybd.commit.{}", std::process::id()));
+    std::fs::write(&other, b"half of one").unwrap();
+    // And what a killed one left.
+    std::fs::write(shm.path().join(".overlaybd.commit.0123456789abcdef"), b"a whole").unwrap();
     assert_eq!(maintenance.commit_into(&blob.digest, shm.path()).unwrap(), Commit::Made);
     let commit = shm.path().join("overlaybd.commit");
     assert_eq!(std::fs::read(&commit).unwrap(), blob.bytes);
-    assert_eq!(std::fs::read_dir(shm.path()).unwrap().count(), 1, "nothing beside it");
+    assert_eq!(std::fs::read(&other).unwrap(), b"half of one");
+    assert_eq!(std::fs::read_dir(shm.path()).unwrap().count(), 2, "nothing else beside it");
 }
 
 #[test]

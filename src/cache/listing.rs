@@ -3,10 +3,11 @@
 use super::Settings;
 use super::check::{self, Checked};
 use super::claim;
+use super::commit::{self, Commit};
 use super::digest::BlobDigest;
 use super::doubt::Doubt;
 use super::evict::{self, Trimmed};
-use super::promote::{self, Commit, Promotion};
+use super::promote::{self, Promotion};
 use super::sidecar::{Header, RECORD_BYTES, Record};
 use super::store::{Folder, read_header};
 use crate::error::{Error, ErrorKind, Result};
@@ -165,7 +166,7 @@ impl Maintenance {
     /// # Errors
     /// `NoSpace`, `Io`.
     pub fn commit_into(&self, digest: &BlobDigest, dir: &Path) -> Result<Commit> {
-        promote::commit_into(&self.folder, digest, dir)
+        commit::commit_into(&self.folder, digest, dir)
     }
 }
 

@@ -21,14 +21,13 @@ use super::pair::{Pair, RECORDS_AT_ONCE};
 use super::sidecar::Record;
 use super::store::{Folder, sync_folder};
 use crate::error::{Error, ErrorKind, Result};
-use crate::source::{FileIdentity, open_regular, open_regular_for_writing};
+use crate::source::{FileIdentity, open_regular_for_writing};
 use crate::units::{to_u64, to_usize};
 use sha2::{Digest, Sha256};
 use std::fs::{File, Permissions};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
-use std::path::Path;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 
 /// Bytes that are read and hashed at a time.
 const PIECE_BYTES: u64 = 1 << 20;
@@ -256,60 +255,4 @@ pub(super) fn quarantine_damaged(pair: &Pair, claims: &File) -> Result<u64> {
         pair.states().forget();
     }
     Ok(damaged)
-}
-
-/// What became of the wish to have a complete blob in a folder of the reference's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Commit {
-    /// It is there now.
-    Made,
-    /// A file of that name was there.
-    WasThere,
-    /// The blob is not complete here.
-    Incomplete,
-}
-
-/// The name under which the reference looks for a complete layer in its folder.
-const COMMIT_NAME: &str = "overlaybd.commit";
-
-/// See [`super::Maintenance::commit_into`].
-pub(super) fn commit_into(folder: &Folder, digest: &BlobDigest, dir: &Path) -> Result<Commit> {
-    let target = dir.join(COMMIT_NAME);
-    let named = |error: &io::Error| Error::io(format!("make {}", target.display()), error);
-    let source = match open_regular(&folder.whole_path(digest)) {
-        Ok(source) => source,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Commit::Incomplete),
-        Err(error) => return Err(error),
-    };
-    folder.allow(DiskStep::Link).map_err(|error| named(&error))?;
-    match std::fs::hard_link(folder.whole_path(digest), &target) {
-        Ok(()) => {}
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(Commit::WasThere),
-        // Another file system, or one without links, or too many of them.
-        Err(_) => {
-            let beside = dir.join(format!(".{COMMIT_NAME}.{}", std::process::id()));
-            let copied = copy(&source, &beside).and_then(|()| {
-                std::fs::hard_link(&beside, &target).or_else(|error| {
-                    // Without links there is only renaming, which would replace what came since.
-                    if error.kind() == io::ErrorKind::AlreadyExists || target.exists() {
-                        return Ok(());
-                    }
-                    std::fs::rename(&beside, &target)
-                })
-            });
-            let _ = std::fs::remove_file(&beside);
-            copied.map_err(|error| named(&error))?;
-        }
-    }
-    sync_folder(dir)?;
-    Ok(Commit::Made)
-}
-
-/// Copies a file that was just opened to a new one, durably. The standard library lets the kernel
-/// share the blocks where the file system can.
-fn copy(source: &File, to: &Path) -> io::Result<()> {
-    let _ = std::fs::remove_file(to);
-    let file = File::options().write(true).create_new(true).mode(0o444).open(to)?;
-    io::copy(&mut &*source, &mut &file)?;
-    file.sync_all()
 }

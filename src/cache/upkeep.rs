@@ -1,10 +1,11 @@
 //! What the background does for each open blob.
 
 use super::blob::{CachedBlob, Residence, Slot};
+use super::commit::{Commit, commit_into};
 use super::flight::lock;
 use super::listing::touch;
 use super::pair::Pair;
-use super::promote::{Commit, Promotion, commit_into, promote};
+use super::promote::{Promotion, promote};
 use super::stats::count;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{CACHE_POLL_MS_MAX, CACHE_PROMOTE_PAUSE_MS_MAX};
