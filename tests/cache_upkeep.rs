@@ -196,3 +196,31 @@ fn a_folder_that_is_removed_while_it_is_used_is_made_again() {
         std::fs::remove_dir_all(parent.path().join("cache")).unwrap();
     }
 }
+
+/// What could not be looked at was taken for half a pair, and removed as soon as the lock was free.
+#[test]
+fn a_repair_that_does_not_get_the_lock_removes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let blob = Blob::new(67, 10 * EXTENT, EXTENT);
+    check_read(&blob_in(&open(folder.path(), 4096), &blob), &blob, 0, 5 * EXTENT);
+    let maintenance = Maintenance::open(&quiet(folder.path(), 4096)).unwrap();
+    let lock = std::fs::File::open(folder.path().join("lock")).unwrap();
+    lock.lock().unwrap();
+    let begun = std::time::Instant::now();
+    let checked = std::thread::scope(|scope| {
+        let checking = scope.spawn(|| maintenance.check(true).unwrap());
+        // Until its first try is in vain, and a second one would not be.
+        let most = Duration::from_millis(obd_ublk::limits::CACHE_LOCK_MS_MAX);
+        std::thread::sleep(most + Duration::from_millis(400));
+        lock.unlock().unwrap();
+        checking.join().unwrap()
+    });
+    assert!(begun.elapsed() < Duration::from_secs(60));
+    assert!(checked.strays.is_empty(), "{checked:?}");
+    let why = &checked.unreadable[0].1;
+    assert!(why.contains("held by another process"), "{why}");
+    assert!(data_path(folder.path(), &blob).exists());
+    assert!(maintenance.check(true).unwrap().is_clean());
+    check_read(&blob_in(&open(folder.path(), 4096), &blob), &blob, 0, 5 * EXTENT);
+    assert_eq!(blob.fetched_extents(), 5);
+}

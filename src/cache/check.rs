@@ -5,7 +5,7 @@ use super::listing::{entry_of_pair, entry_of_whole, list};
 use super::pair::Pair;
 use super::promote::{quarantine_damaged, sha256_of};
 use super::sidecar::Record;
-use super::store::Folder;
+use super::store::{Folder, FolderLock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::open_regular;
 
@@ -22,7 +22,8 @@ pub struct Checked {
     pub extents_bad: Vec<(BlobDigest, u64)>,
     /// Files that belong to nothing: one half of a pair, or a pair without a header.
     pub strays: Vec<BlobDigest>,
-    /// Blobs that could not be read, and why.
+    /// Blobs that could not be looked at or read, and why: the lock of the folder that another
+    /// process has, the disk. Nothing of them is removed.
     pub unreadable: Vec<(BlobDigest, String)>,
 }
 
@@ -86,11 +87,15 @@ fn check_pair(
     repair: bool,
     checked: &mut Checked,
 ) -> Result<()> {
-    let pair = match folder.open_for_check(digest) {
+    let lock = folder.lock()?;
+    let pair = match folder.open_for_check(digest, &lock) {
         Ok(pair) => pair,
-        Err(error) if error.kind() == ErrorKind::Io => return Err(error),
-        Err(_) => return check_stray(folder, digest, repair, checked),
+        Err(error) if is_of_content(&error) => {
+            return check_stray(folder, digest, (repair, &lock), checked);
+        }
+        Err(error) => return Err(error),
     };
+    drop(lock);
     let bad = count_bad(&pair, checked)?;
     if bad > 0 {
         checked.extents_bad.push((*digest, bad));
@@ -117,21 +122,27 @@ fn count_bad(pair: &Pair, checked: &mut Checked) -> Result<u64> {
     Ok(bad)
 }
 
-/// A pair that cannot be opened, which may have been in the making when it was looked at.
+/// Whether what is there is no pair, by what it is. Every other error is one of looking: a lock
+/// that somebody has, a disk that fails, a descriptor too many, and says nothing of the files.
+fn is_of_content(error: &Error) -> bool {
+    use ErrorKind::{Corrupt, Integrity, InvalidFormat, NotFound, Unsupported};
+    matches!(error.kind(), NotFound | InvalidFormat | Integrity | Unsupported | Corrupt)
+}
+
+/// Files that are no pair, and were none under the lock under which pairs are made.
 fn check_stray(
     folder: &Folder,
     digest: &BlobDigest,
-    repair: bool,
+    (repair, lock): (bool, &FolderLock),
     checked: &mut Checked,
 ) -> Result<()> {
-    let lock = folder.lock()?;
     let Some(entry) = entry_of_pair(folder, digest)? else { return Ok(()) };
     if entry.in_use {
         return Ok(());
     }
     checked.strays.push(*digest);
     if repair {
-        folder.remove_pair(digest, &lock)?;
+        folder.remove_pair(digest, lock)?;
     }
     Ok(())
 }

@@ -156,7 +156,9 @@ impl Maintenance {
         if entry_of_whole(&self.folder, digest)?.is_some() {
             return Ok(Promotion::Done);
         }
-        let pair = self.folder.open_for_check(digest)?;
+        let lock = self.folder.lock()?;
+        let pair = self.folder.open_for_check(digest, &lock)?;
+        drop(lock);
         promote::promote(&self.folder, &pair, &Doubt::new())
     }
 

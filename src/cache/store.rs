@@ -309,9 +309,8 @@ impl Folder {
     /// Opens the pair of a blob as it is, for checking it.
     ///
     /// # Errors
-    /// `NotFound` when there is none that can be used, `Io`.
-    pub(super) fn open_for_check(&self, digest: &BlobDigest) -> Result<Pair> {
-        let lock = self.lock()?;
+    /// `NotFound` when there is none that can be used; what is wrong with its header; `Io`.
+    pub(super) fn open_for_check(&self, digest: &BlobDigest, _lock: &FolderLock) -> Result<Pair> {
         let map = self.sidecar(digest)?;
         let named = |error: &io::Error| Error::io(format!("read the sidecar of {digest}"), error);
         let header = read_header(&map).map_err(|error| named(&error))??;
@@ -320,7 +319,6 @@ impl Folder {
             return Err(Error::field(kind, "sidecar digest", 24, header.digest, digest));
         }
         let pair = self.open_pair(digest, header.extents)?;
-        drop(lock);
         pair.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("{digest}: not a whole pair")))
     }
 }
