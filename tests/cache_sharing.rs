@@ -199,6 +199,43 @@ fn a_blob_that_another_process_evicted_or_removed_is_fetched_anew_by_a_pull() {
     }
 }
 
+/// Whatever was under the name was taken for the blob, and what had just been checked was removed.
+#[test]
+fn what_was_checked_takes_the_place_of_what_is_under_its_name() {
+    for by_reader in [false, true] {
+        let folder = tempfile::tempdir().unwrap();
+        let blob = Blob::new(59, 6 * EXTENT, EXTENT);
+        let whole = whole_path(folder.path(), &blob);
+        let puller = blob_in(&open(folder.path(), 4096), &blob);
+        puller.fill(0..6 * 4096).unwrap();
+        let soon = Instant::now() + Duration::from_secs(60);
+        let promote = || match by_reader {
+            true => puller.promote(soon),
+            false => maintenance(folder.path()).promote(&blob.digest),
+        };
+        // A folder with something in it is in the way, and nothing is lost by it.
+        std::fs::create_dir(&whole).unwrap();
+        std::fs::write(whole.join("file"), b"somebody's").unwrap();
+        let error = promote().unwrap_err();
+        assert!(format!("{error:#}").contains("not empty"), "{error:#}");
+        assert!(data_path(folder.path(), &blob).exists());
+        std::fs::remove_file(whole.join("file")).unwrap();
+        assert_eq!(promote().unwrap(), Promotion::Done);
+        assert_eq!(std::fs::read(&whole).unwrap(), blob.bytes);
+        // Once more, with a file of the right length.
+        assert!(maintenance(folder.path()).remove(&blob.digest, true).unwrap());
+        let other = blob_in(&open(folder.path(), 4096), &blob);
+        other.fill(0..6 * 4096).unwrap();
+        std::fs::write(&whole, vec![7; 6 * EXTENT]).unwrap();
+        let done = if by_reader { other.promote(soon) } else { promote() };
+        assert_eq!(done.unwrap(), Promotion::Done);
+        assert_eq!(std::fs::read(&whole).unwrap(), blob.bytes);
+        assert!(!data_path(folder.path(), &blob).exists());
+        check_read(&other, &blob, 0, 6 * EXTENT);
+        assert_eq!(blob.times(), [2; 6]);
+    }
+}
+
 /// A registry with so many places for one blob, as `registry::Blob` has them, where whatever begins
 /// in the second half of the blob hangs until the door is opened.
 #[derive(Debug)]

@@ -153,11 +153,15 @@ impl Maintenance {
     /// # Errors
     /// `NotFound` when nothing of it is here; `Io`.
     pub fn promote(&self, digest: &BlobDigest) -> Result<Promotion> {
-        if entry_of_whole(&self.folder, digest)?.is_some() {
-            return Ok(Promotion::Done);
-        }
         let lock = self.folder.lock()?;
-        let pair = self.folder.open_for_check(digest, &lock)?;
+        // First: beside a pair, a plain file is no proof that this was done.
+        let pair = match self.folder.open_for_check(digest, &lock) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                let whole = entry_of_whole(&self.folder, digest)?;
+                return whole.map(|_| Promotion::Done).ok_or(error);
+            }
+            opened => opened?,
+        };
         drop(lock);
         promote::promote(&self.folder, &pair, &Doubt::new())
     }

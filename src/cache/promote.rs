@@ -27,7 +27,8 @@ use sha2::{Digest, Sha256};
 use std::fs::{File, Permissions};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::path::Path;
 
 /// Bytes that are read and hashed at a time.
 const PIECE_BYTES: u64 = 1 << 20;
@@ -183,16 +184,34 @@ fn give_name(folder: &Folder, pair: &Pair, digest: &BlobDigest) -> Result<()> {
     if pair.is_retired().map_err(|error| named(&error))? {
         return Err(Error::new(ErrorKind::Busy, format!("{digest} was removed meanwhile")));
     }
-    match std::fs::hard_link(folder.data_path(digest), &whole) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(named(&error)),
-        _ => {}
-    }
+    link_over(pair, &folder.data_path(digest), &whole).map_err(|error| named(&error))?;
     // Behind the name: a pair that is not promoted after all must stay one that can be written.
     let readable = Permissions::from_mode(0o444);
     pair.data().file().set_permissions(readable).map_err(|error| named(&error))?;
     sync_folder(&folder.whole_folder())?;
     // Only now that the plain file will be there after a power cut.
     folder.remove_pair(digest, &lock)
+}
+
+/// Gives the data file its second name. What is there already is not what was hashed, unless it is
+/// this very file: it gives way. Who has it open goes on with it.
+fn link_over(pair: &Pair, data: &Path, whole: &Path) -> io::Result<()> {
+    match std::fs::hard_link(data, whole) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        linked => return linked,
+    }
+    let found = std::fs::symlink_metadata(whole)?;
+    let identity = FileIdentity { device_number: found.dev(), inode: found.ino() };
+    if identity == FileIdentity::of(pair.data().file())? {
+        // A kill in the middle of a promotion left both names.
+        return Ok(());
+    }
+    tracing::warn!(whole = %whole.display(), "replaced: not what was fetched and checked");
+    if found.is_dir() {
+        // A full one is somebody's, and an error each time.
+        std::fs::remove_dir(whole)?;
+    }
+    std::fs::rename(data, whole)
 }
 
 /// All is here and something is not what its record says.
