@@ -698,18 +698,33 @@ fn an_open_blob_that_nobody_reads_is_evicted_and_its_space_comes_back() {
     assert_eq!(cached.stats().degraded, 0);
 }
 
+/// Of the root it was not looked at: who can write there can exchange what is in it.
 #[test]
 fn a_folder_that_others_can_write_is_refused() {
     use std::os::unix::fs::PermissionsExt;
-    let folder = tempfile::tempdir().unwrap();
-    std::fs::create_dir(folder.path().join("partial")).unwrap();
-    let mode = std::fs::Permissions::from_mode(0o777);
-    std::fs::set_permissions(folder.path().join("partial"), mode).unwrap();
-    let error = Cache::open(quiet(folder.path(), 4096)).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::InvalidConfig, "{error:#}");
-    let blob = Blob::new(33, EXTENT, EXTENT);
-    let cached = blob_in(&Cache::open_or_bypass(quiet(folder.path(), 4096)), &blob);
-    check_read(&cached, &blob, 0, EXTENT);
+    let parent = tempfile::tempdir().unwrap();
+    let (folder, link) = (parent.path().join("v1"), parent.path().join("link"));
+    std::fs::create_dir_all(folder.join("partial")).unwrap();
+    std::os::unix::fs::symlink(&folder, &link).unwrap();
+    let set = |path: &Path, mode| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    for writable in [folder.join("partial"), folder.clone()] {
+        set(&writable, 0o777);
+        for path in [&folder, &link] {
+            let error = Cache::open(quiet(path, 4096)).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidConfig, "{error:#}");
+            assert!(format!("{error:#}").contains("mode 777"), "{error:#}");
+            let blob = Blob::new(33, EXTENT, EXTENT);
+            let cached = blob_in(&Cache::open_or_bypass(quiet(path, 4096)), &blob);
+            check_read(&cached, &blob, 0, EXTENT);
+            assert!(!cached.is_here(0, 1));
+        }
+        set(&writable, 0o755);
+    }
+    // Who else can write above it, as in /tmp, is nobody's business here.
+    set(parent.path(), 0o1777);
+    assert!(Cache::open(quiet(&folder, 4096)).is_ok() && Cache::open(quiet(&link, 4096)).is_ok());
 }
 
 #[test]

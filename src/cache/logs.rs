@@ -8,23 +8,24 @@
 use super::digest::BlobDigest;
 use super::evict::Trimmed;
 use super::listing::{disk_bytes, touch};
-use super::store::check_owner;
+use super::store::{check_owner, check_root, make_folder};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{
     TOUCH_LOG_BYTES_MAX, TOUCH_LOG_STRAY_MS, TOUCH_LOGS_BYTES_MAX, TOUCH_LOGS_MAX,
 };
 use crate::source::open_regular;
 use crate::units::to_u64;
-use std::fs::{DirBuilder, File, Metadata};
+use std::fs::{File, Metadata};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 /// The logs of all images.
 #[derive(Clone, Debug)]
 pub struct TouchLogs {
+    root: PathBuf,
     folder: PathBuf,
 }
 
@@ -61,7 +62,13 @@ impl TouchLogs {
     /// Those of the cache whose folder is `root`. Nothing is made or looked at yet.
     #[must_use]
     pub fn of(root: &Path) -> Self {
-        Self { folder: root.join("touched") }
+        Self { root: root.to_owned(), folder: root.join("touched") }
+    }
+
+    /// Refuses folders in which somebody else could put files.
+    fn check_ours(&self) -> Result<()> {
+        check_root(&self.root)?;
+        check_owner(&self.folder)
     }
 
     fn path(&self, name: &BlobDigest) -> PathBuf {
@@ -80,7 +87,7 @@ impl TouchLogs {
     }
 
     fn open(&self, name: &BlobDigest) -> Result<File> {
-        check_owner(&self.folder)?;
+        self.check_ours()?;
         open_regular(&self.path(name))
     }
 
@@ -105,8 +112,8 @@ impl TouchLogs {
     pub fn write(&self, name: &BlobDigest, bytes: &[u8]) -> Result<()> {
         let path = self.path(name);
         let named = |error: io::Error| Error::io(format!("write {}", path.display()), &error);
-        DirBuilder::new().recursive(true).mode(0o700).create(&self.folder).map_err(named)?;
-        check_owner(&self.folder)?;
+        make_folder(&self.folder)?;
+        self.check_ours()?;
         let room = TOUCH_LOGS_BYTES_MAX.saturating_sub(to_u64(bytes.len()));
         self.trim_to(TOUCH_LOGS_MAX.saturating_sub(1), room)?;
         // A new state's hash of nothing is random: no two writers meet.
@@ -194,7 +201,7 @@ impl TouchLogs {
 
     fn look(&self) -> Result<Found> {
         let mut found = Found::default();
-        match check_owner(&self.folder) {
+        match self.check_ours() {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(found),
             other => other?,
         }
@@ -361,5 +368,15 @@ mod tests {
         ];
         assert_eq!(kinds, [ErrorKind::InvalidConfig; 4]);
         assert!(logs.path(&name(1)).exists());
+        // Nor one that others can exchange for theirs.
+        let set = |folder: &Path, mode| {
+            std::fs::set_permissions(folder, std::fs::Permissions::from_mode(mode)).unwrap();
+        };
+        set(&logs.folder, 0o700);
+        set(root.path(), 0o777);
+        assert_eq!(logs.read(&name(1)).unwrap_err().kind(), ErrorKind::InvalidConfig);
+        assert_eq!(logs.list().unwrap_err().kind(), ErrorKind::InvalidConfig);
+        set(root.path(), 0o700);
+        assert_eq!(logs.read(&name(1)).unwrap(), b"log");
     }
 }

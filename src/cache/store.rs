@@ -65,9 +65,11 @@ impl Folder {
     /// # Errors
     /// As [`Folder::create`].
     pub(super) fn make(&self) -> Result<()> {
+        make_folder(&self.root)?;
+        // First: who could rename what is in it would not need to write into that.
+        check_root(&self.root)?;
         for folder in [self.partial_folder(), self.whole_folder()] {
-            let made = DirBuilder::new().recursive(true).mode(0o700).create(&folder);
-            made.map_err(|error| Error::io(format!("make {}", folder.display()), &error))?;
+            make_folder(&folder)?;
             check_owner(&folder)?;
         }
         Ok(())
@@ -357,6 +359,35 @@ fn remove(path: &Path) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// Makes a folder of the cache, and those on the way to it, where they are not there.
+///
+/// # Errors
+/// `Io` and its relatives.
+pub(super) fn make_folder(folder: &Path) -> Result<()> {
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(folder);
+    made.map_err(|error| Error::io(format!("make {}", folder.display()), &error))
+}
+
+/// As [`check_owner`], for the folder that the user names. It may be a link to another disk, if
+/// nobody else can lead that elsewhere.
+///
+/// # Errors
+/// As there.
+pub(super) fn check_root(root: &Path) -> Result<()> {
+    let named = |error| Error::io(format!("look at {}", root.display()), &error);
+    let found = std::fs::symlink_metadata(root).map_err(named)?;
+    if !found.is_symlink() {
+        return check_owner(root);
+    }
+    let owner = found.uid();
+    if owner != 0 && owner != nix::unistd::geteuid().as_raw() {
+        let root = root.display();
+        let message = format!("{root}: found a link of owner {owner}, expected ours");
+        return Err(Error::new(ErrorKind::InvalidConfig, message));
+    }
+    check_owner(&std::fs::canonicalize(root).map_err(named)?)
 }
 
 /// Refuses a folder in which somebody else could put files.
