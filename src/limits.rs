@@ -391,6 +391,10 @@ pub const CACHE_BLOBS_MAX: usize = 100_000;
 /// the layer.
 pub const CACHE_COMMITS_MAX: usize = 256;
 
+/// Runs of extents that a pull remembers to come back to, because other processes were fetching
+/// them. Each process has a few.
+pub const CACHE_TAKEN_MAX: usize = 1024;
+
 /// Names in such a folder that are looked at for what killed copies left. The reference keeps a
 /// handful of files there.
 pub const COMMIT_FOLDER_NAMES_MAX: usize = 4096;

@@ -102,7 +102,7 @@ pub(super) struct Slot {
 pub struct CachedBlob {
     pub(super) slot: Arc<Slot>,
     pub(super) fetch: Arc<dyn Fetch>,
-    canceled: AtomicBool,
+    pub(super) canceled: AtomicBool,
 }
 
 /// The background is not canceled: its fetches are.
@@ -110,7 +110,14 @@ static NEVER: AtomicBool = AtomicBool::new(false);
 
 impl Slot {
     pub(super) fn new(digest: BlobDigest, extents: Extents, shared: Arc<Shared>) -> Self {
-        let residence = shared.open(&digest, extents, false);
+        let residence = shared.open(&digest, extents).unwrap_or_else(|error| {
+            // Without a folder that was told once for all blobs.
+            if shared.folder.is_some() {
+                let error = format!("{error:#}");
+                tracing::warn!(%digest, error, "read past the cache");
+            }
+            Residence::Nothing
+        });
         Self {
             digest,
             extents,
@@ -137,15 +144,33 @@ impl Slot {
     /// Opens the blob's files anew, in place of `old`. Another thread that is at it already is
     /// left alone.
     pub(super) fn reopen(&self, old: &Arc<Residence>) {
+        // That it still cannot be opened was told when it could not be at first.
+        let is_known = matches!(&**old, Residence::Nothing);
+        if let Err(error) = self.reopen_or_tell(old)
+            && !is_known
+        {
+            let error = format!("{error:#}");
+            tracing::warn!(digest = %self.digest, error, "read past the cache");
+        }
+    }
+
+    /// As [`Slot::reopen`].
+    ///
+    /// # Errors
+    /// Why the cache cannot be used for the blob.
+    pub(super) fn reopen_or_tell(&self, old: &Arc<Residence>) -> Result<()> {
         if self.reopening.swap(true, Ordering::AcqRel) {
             // It takes some system calls; the caller looks again.
             std::thread::sleep(Duration::from_millis(1));
-            return;
+            return Ok(());
         }
+        let mut failed = None;
         if Arc::ptr_eq(&self.residence.load_full(), old) {
-            // That it still cannot be opened was told when it could not be at first.
-            let is_known = matches!(&**old, Residence::Nothing);
-            let opened = self.shared.open(&self.digest, self.extents, is_known);
+            let opened = self.shared.open(&self.digest, self.extents);
+            let opened = opened.unwrap_or_else(|error| {
+                failed = Some(error);
+                Residence::Nothing
+            });
             self.residence.store(Arc::new(opened));
             // What comes in its place is to be checked and promoted as well.
             *lock(&self.retry) = Retry::default();
@@ -153,15 +178,16 @@ impl Slot {
             self.promotion_asked.store(false, Ordering::Release);
         }
         self.reopening.store(false, Ordering::Release);
+        failed.map_or(Ok(()), Err)
     }
 
     /// Extents that are fetched by one request.
-    fn join_max(&self) -> u64 {
+    pub(super) fn join_max(&self) -> u64 {
         self.extents.in_bytes(CACHE_JOIN_BYTES_MAX)
     }
 
     /// Refuses a blob whose bytes were complete twice and wrong twice.
-    fn check_not_condemned(&self) -> Result<()> {
+    pub(super) fn check_not_condemned(&self) -> Result<()> {
         if self.condemned.load(Ordering::Relaxed) < 2 {
             return Ok(());
         }
@@ -169,7 +195,7 @@ impl Slot {
         Err(Error::new(ErrorKind::Integrity, message))
     }
 
-    fn filler<'a>(
+    pub(super) fn filler<'a>(
         &'a self,
         pair: Option<&'a Pair>,
         fetch: &'a dyn Fetch,
@@ -192,7 +218,7 @@ impl Slot {
     }
 
     /// Brings the extents of a ticket and lands it.
-    fn fly(
+    pub(super) fn fly(
         self: &Arc<Self>,
         ticket: Ticket<'_>,
         residence: &Arc<Residence>,
@@ -304,68 +330,7 @@ impl CachedBlob {
         is_known
     }
 
-    /// Brings these bytes here without reading them; for fetching a whole blob. Blocks as
-    /// [`RemoteBlob::read`] does, for each MiB anew.
-    ///
-    /// # Errors
-    /// As there; `NoSpace` when they cannot be kept, because fetching on would be in vain.
-    pub fn fill(&self, bytes: Range<u64>) -> Result<()> {
-        self.fill_counted(bytes, &AtomicU64::new(0))
-    }
-
-    /// As [`CachedBlob::fill`]; `progress` counts the bytes of extents that are here.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn fill_counted(&self, bytes: Range<u64>, progress: &AtomicU64) -> Result<()> {
-        self.check_range(&bytes)?;
-        let extents = self.slot.extents.touched_by(&bytes);
-        let window = self.slot.extents.in_bytes(CACHE_AHEAD_BYTES_MAX);
-        let mut at = extents.start;
-        let mut spread_to = at;
-        let mut deadline = self.deadline();
-        let passed = |extents: Range<u64>| {
-            let bytes = self.slot.extents.bytes_of(&extents);
-            progress.fetch_add(bytes.end.saturating_sub(bytes.start), Ordering::Relaxed);
-        };
-        while at < extents.end {
-            self.check_in_time(deadline)?;
-            self.slot.check_not_condemned()?;
-            let residence = self.slot.residence.load_full();
-            let pair = match &*residence {
-                Residence::Whole(_) => break,
-                Residence::Partial(pair) => pair,
-                Residence::Nothing => return Err(self.not_kept()),
-            };
-            let is_here = |extent| pair.states().are_here(&(extent..extent + 1));
-            let run = next_missing(at..extents.end, self.slot.join_max(), is_here);
-            let Some(run) = run else { break };
-            if run.start > at {
-                // It goes on: each request has its own time.
-                passed(at..run.start);
-                at = run.start;
-                deadline = self.deadline();
-            }
-            // Half a window at a time, so that the background always has something to do.
-            if spread_to < extents.end && spread_to < at.saturating_add(window / 2).max(run.end) {
-                let from = spread_to.max(run.end);
-                spread_to = at.saturating_add(window).min(extents.end).max(from);
-                self.spread(from..spread_to);
-            }
-            if self.bring(&residence, run, &mut Haul::default(), deadline)?.is_some() {
-                return Err(self.not_kept());
-            }
-        }
-        passed(at..extents.end);
-        Ok(())
-    }
-
-    pub(super) fn not_kept(&self) -> Error {
-        let message = format!("{}: the cache cannot keep it", self.fetch.name());
-        Error::new(ErrorKind::NoSpace, message)
-    }
-
-    fn check_in_time(&self, deadline: Instant) -> Result<()> {
+    pub(super) fn check_in_time(&self, deadline: Instant) -> Result<()> {
         if self.canceled.load(Ordering::Relaxed) {
             return Err(canceled());
         }
@@ -380,7 +345,7 @@ impl CachedBlob {
         waiting::since() + self.slot.shared.settings.deadline
     }
 
-    fn check_range(&self, bytes: &Range<u64>) -> Result<()> {
+    pub(super) fn check_range(&self, bytes: &Range<u64>) -> Result<()> {
         if bytes.start <= bytes.end && bytes.end <= self.bytes() {
             return Ok(());
         }
@@ -470,7 +435,7 @@ impl CachedBlob {
 
     /// Brings missing extents, or waits for who does. The bytes from some byte of the blob on where
     /// they could not be kept; `None` when it is time to look again.
-    fn bring(
+    pub(super) fn bring(
         &self,
         residence: &Arc<Residence>,
         run: Range<u64>,
@@ -540,7 +505,7 @@ impl CachedBlob {
     }
 
     /// Hands extents to the background, one job for each request.
-    fn spread(&self, extents: Range<u64>) {
+    pub(super) fn spread(&self, extents: Range<u64>) {
         let slot = &self.slot;
         let mut at = extents.start;
         while at < extents.end {

@@ -23,7 +23,7 @@ use super::flight::Outcome;
 use super::gate::Gate;
 use super::pair::Pair;
 use super::stats::{Counters, count};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{CACHE_IMPATIENCE_MS, CACHE_PATIENCE_MS, CACHE_POLL_MS_MAX};
 use crate::source::{Fetch, too_short};
 use crate::units::{to_u64, to_usize};
@@ -40,6 +40,8 @@ pub(super) enum Purpose {
     Demand,
     /// A reader may come to them: not worth waiting for anything, or fetching without keeping.
     Ahead,
+    /// They are to be kept: not worth fetching otherwise, and worth knowing why not.
+    Keep,
 }
 
 /// How it ended.
@@ -53,6 +55,10 @@ pub(super) enum Brought {
     Retired,
     /// Nothing was worth doing.
     Nothing,
+    /// Others are fetching them for longer than is waited for at a time.
+    Taken,
+    /// Why they cannot be kept.
+    NotKept(Error),
 }
 
 impl Brought {
@@ -60,7 +66,7 @@ impl Brought {
     pub(super) fn bytes(self) -> Option<Arc<[u8]>> {
         match self {
             Self::Bytes(bytes) => Some(bytes),
-            Self::Here | Self::Retired | Self::Nothing => None,
+            _ => None,
         }
     }
 
@@ -68,7 +74,8 @@ impl Brought {
     pub(super) fn outcome(&self, first_byte: u64) -> Outcome {
         match self {
             Self::Bytes(bytes) => Outcome::Bytes(first_byte, Arc::clone(bytes)),
-            Self::Here | Self::Retired | Self::Nothing => Outcome::Stored,
+            // Who joined looks again, and fetches without keeping where that is the only way.
+            _ => Outcome::Stored,
         }
     }
 }
@@ -202,7 +209,12 @@ impl Filler<'_> {
             let looked = pair.look(&(missing.start..wanted.end))?;
             count(&self.counters.verified, looked.verified);
             let Some(missing) = first_missing(pair, wanted) else { return Ok(Brought::Here) };
-            if !self.gate.is_open() || pair.states().is_bypassed(&missing) {
+            let is_bypassed = pair.states().is_bypassed(&missing);
+            if is_bypassed && self.purpose == Purpose::Keep {
+                let message = "the cache's disk cannot be read where they are";
+                return Ok(Brought::NotKept(Error::new(ErrorKind::Io, message)));
+            }
+            if is_bypassed || !self.gate.is_open() {
                 return self.past_the_cache(wanted).map_err(Obstacle::Fetch);
             }
             if let Some((claim, claimed)) = pair.claim_front(&missing)? {
@@ -213,7 +225,7 @@ impl Filler<'_> {
                     continue;
                 };
                 drop(claim);
-                if run == *wanted {
+                if run == *wanted && self.purpose != Purpose::Keep {
                     return Ok(Brought::Bytes(bytes));
                 }
                 return self.past_the_cache(wanted).map_err(Obstacle::Fetch);
@@ -242,6 +254,9 @@ impl Filler<'_> {
     pub(super) fn give_up_waiting(&self, wanted: &Range<u64>) -> Result<Brought> {
         count(&self.counters.waited_in_vain, 1);
         self.patience.lose();
+        if self.purpose == Purpose::Keep {
+            return Ok(Brought::Taken);
+        }
         self.past_the_cache(wanted)
     }
 
@@ -283,8 +298,10 @@ impl Filler<'_> {
     }
 
     fn past_the_cache(&self, wanted: &Range<u64>) -> Result<Brought> {
-        if self.purpose == Purpose::Ahead {
-            return Ok(Brought::Nothing);
+        match self.purpose {
+            Purpose::Ahead => return Ok(Brought::Nothing),
+            Purpose::Keep => return Ok(Brought::NotKept(self.gate.obstacle())),
+            Purpose::Demand => {}
         }
         count(&self.counters.degraded, wanted.end - wanted.start);
         self.fetch(wanted, false).map(|bytes| Brought::Bytes(Arc::from(&*bytes)))

@@ -1,8 +1,11 @@
 //! Whether fills may be stored now: not while the quota is used up, and not for a while after the
 //! cache's disk was full or failed. Reads go on past the cache then.
 
+use super::flight::lock;
+use crate::error::{Error, ErrorKind};
 use crate::limits::{CACHE_CHECK_BYTES_MAX, CACHE_PAUSE_MS};
 use std::io;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
@@ -18,6 +21,8 @@ pub(super) struct Gate {
     next_recheck_ms: AtomicU64,
     unchecked_bytes: AtomicU64,
     is_full: AtomicBool,
+    /// How storing failed last.
+    failure: Mutex<Option<(ErrorKind, String)>>,
 }
 
 impl Gate {
@@ -34,6 +39,7 @@ impl Gate {
             next_recheck_ms: AtomicU64::new(0),
             unchecked_bytes: AtomicU64::new(0),
             is_full: AtomicBool::new(false),
+            failure: Mutex::default(),
         }
     }
 
@@ -47,8 +53,23 @@ impl Gate {
             && self.closed_until_ms.load(Ordering::Relaxed) <= self.now_ms()
     }
 
+    /// What keeps from storing, or did when it was tried last.
+    pub(super) fn obstacle(&self) -> Error {
+        if self.over_quota.load(Ordering::Relaxed) {
+            let quota_bytes = self.quota_bytes;
+            let message = format!("what is in use takes the cache's quota of {quota_bytes} bytes");
+            return Error::new(ErrorKind::NoSpace, message);
+        }
+        match &*lock(&self.failure) {
+            Some((kind, why)) => Error::new(*kind, why),
+            None => Error::new(ErrorKind::NoSpace, "the cache's disk is full"),
+        }
+    }
+
     /// Storing failed: not again for a while.
     pub(super) fn close(&self, error: &io::Error) {
+        let told = Error::io("write to the cache's disk", error);
+        *lock(&self.failure) = Some((told.kind(), format!("{told:#}")));
         // At least the next millisecond, so that a pause of none is over then.
         let until = self.now_ms().saturating_add(self.pause_ms);
         if self.closed_until_ms.swap(until, Ordering::Relaxed) < self.now_ms() {

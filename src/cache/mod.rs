@@ -47,6 +47,7 @@ mod logs;
 mod pair;
 mod pool;
 mod promote;
+mod pull;
 mod readahead;
 mod sidecar;
 mod states;
@@ -69,7 +70,7 @@ pub use readahead::{Ahead, Readahead};
 pub use sidecar::{HEADER_BYTES, HEADER_USED_BYTES, Header, RECORD_BYTES, Record};
 pub use stats::Stats;
 
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{
     CACHE_EXTENT_BYTES, CACHE_PAUSE_MS, CACHE_QUOTA_BYTES_DEFAULT, CACHE_READ_MS_DEFAULT,
     CACHE_THREADS_MAX, CACHE_TICK_MS,
@@ -140,6 +141,8 @@ struct Shared {
     settings: Settings,
     /// None when it cannot be used at all.
     folder: Option<Folder>,
+    /// Why not, for who needs it.
+    why_no_folder: (ErrorKind, String),
     gate: Gate,
     pool: Pool,
     buffers: Arc<Buffers>,
@@ -157,7 +160,7 @@ impl Cache {
     /// Why the folder cannot be used.
     pub fn open(settings: Settings) -> Result<Self> {
         let folder = Folder::create(&settings.folder, settings.faults.clone())?;
-        Ok(Self::with(settings, Some(folder)))
+        Ok(Self::with(settings, Ok(folder)))
     }
 
     /// As [`Cache::open`]; where that fails, reads go past the cache.
@@ -167,10 +170,10 @@ impl Cache {
         if let Err(error) = &folder {
             tracing::warn!(error = format!("{error:#}"), "no cache: all reads are fetched");
         }
-        Self::with(settings, folder.ok())
+        Self::with(settings, folder)
     }
 
-    fn with(settings: Settings, folder: Option<Folder>) -> Self {
+    fn with(settings: Settings, folder: Result<Folder>) -> Self {
         let slots: Arc<Mutex<Slots>> = Arc::default();
         let buffers: Arc<Buffers> = Arc::default();
         let looked_after = (Arc::clone(&slots), Arc::clone(&buffers));
@@ -184,7 +187,12 @@ impl Cache {
         let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let gate = Gate::new(settings.quota_bytes, ms(settings.pause), ms(settings.tick));
         let waiting = AtomicUsize::new(0);
-        let shared = Shared { settings, folder, gate, pool, buffers, waiting, slots };
+        let (folder, why_no_folder) = match folder {
+            Ok(folder) => (Some(folder), (ErrorKind::Io, String::new())),
+            Err(error) => (None, (error.kind(), format!("{error:#}"))),
+        };
+        let shared =
+            Shared { settings, folder, why_no_folder, gate, pool, buffers, waiting, slots };
         Self { shared: Arc::new(shared) }
     }
 
@@ -249,9 +257,15 @@ fn live(slots: &Mutex<Slots>) -> Vec<Arc<Slot>> {
 }
 
 impl Shared {
-    /// Opens the files of a blob, or does without; without a word when `is_known`.
-    fn open(self: &Arc<Self>, digest: &BlobDigest, extents: Extents, is_known: bool) -> Residence {
-        let Some(folder) = &self.folder else { return Residence::Nothing };
+    /// Opens the files of a blob.
+    ///
+    /// # Errors
+    /// Why it has to be read past the cache.
+    fn open(self: &Arc<Self>, digest: &BlobDigest, extents: Extents) -> Result<Residence> {
+        let Some(folder) = &self.folder else {
+            let (kind, why) = &self.why_no_folder;
+            return Err(Error::new(*kind, why));
+        };
         let opened = folder.open(digest, extents).or_else(|error| {
             if error.kind() != ErrorKind::NotFound {
                 return Err(error);
@@ -260,20 +274,12 @@ impl Shared {
             folder.make()?;
             folder.open(digest, extents)
         });
-        match opened {
-            Ok(opened) => opened.into(),
-            Err(error) => {
-                // It may be our own unused blobs that fill the disk. The next tick tries again.
-                if error.kind() == ErrorKind::NoSpace && self.gate.close_if_open() {
-                    self.trim_later(true);
-                }
-                if !is_known {
-                    let error = format!("{error:#}");
-                    tracing::warn!(%digest, error, "read past the cache");
-                }
-                Residence::Nothing
+        opened.map(Into::into).inspect_err(|error| {
+            // It may be our own unused blobs that fill the disk. The next tick tries again.
+            if error.kind() == ErrorKind::NoSpace && self.gate.close_if_open() {
+                self.trim_later(true);
             }
-        }
+        })
     }
 
     /// Keeps the quota, in the background; with `make_room` it is the disk that is full.

@@ -7,7 +7,7 @@ use super::listing::touch;
 use super::pair::Pair;
 use super::promote::{Promotion, promote};
 use super::stats::count;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::limits::{CACHE_POLL_MS_MAX, CACHE_PROMOTE_PAUSE_MS_MAX};
 use crate::source::MappedFile;
 use std::io;
@@ -43,7 +43,7 @@ impl CachedBlob {
     /// is at it.
     ///
     /// # Errors
-    /// `Timeout`; `NoSpace` when the cache cannot be used for it; `Io`.
+    /// `Timeout`; why the cache cannot be used for it; `Io`.
     pub fn promote(&self, deadline: Instant) -> Result<Promotion> {
         let slot = &self.slot;
         loop {
@@ -58,7 +58,10 @@ impl CachedBlob {
                     slot.commit();
                     return Ok(Promotion::Done);
                 }
-                Residence::Nothing => return Err(self.not_kept()),
+                Residence::Nothing => {
+                    slot.reopen_or_tell(&residence).context(|| self.keeping())?;
+                    Promotion::Busy
+                }
                 // Somebody else promoted or removed it.
                 Residence::Partial(pair) if pair.is_retired().unwrap_or(false) => {
                     slot.reopen(&residence);
