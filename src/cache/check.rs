@@ -18,7 +18,7 @@ pub struct Checked {
     pub whole_bad: Vec<BlobDigest>,
     /// Extents of other blobs whose bytes are what their records say.
     pub extents_right: u64,
-    /// Extents whose bytes are not, by blob.
+    /// How many extents' bytes are not, by blob.
     pub extents_bad: Vec<(BlobDigest, u64)>,
     /// Files that belong to nothing: one half of a pair, or a pair without a header.
     pub strays: Vec<BlobDigest>,

@@ -179,7 +179,7 @@ fn told(checked: &Checked, logs: &CheckedLogs) -> Value {
     };
     let extents = checked.extents_bad.iter();
     let extents: Vec<Value> = extents
-        .map(|(digest, extent)| json!({"digest": digest.to_string(), "extent": extent}))
+        .map(|(digest, count)| json!({"digest": digest.to_string(), "count": count}))
         .collect();
     let unreadable = checked.unreadable.iter();
     let unreadable: Vec<Value> =
@@ -233,8 +233,11 @@ mod tests {
         }
         let logs = CheckedLogs { bad: vec![digest], ..CheckedLogs::default() };
         assert!(verdict(&clean, &logs, false).is_err() && verdict(&clean, &logs, true).is_ok());
+        let bad = Checked { extents_bad: vec![(digest, 4)], ..bad };
         let told = told(&bad, &logs);
         assert_eq!(told["whole_bad"][0], digest.to_string());
+        // Once "extent", as if it were the number of one.
+        assert_eq!(told["extents_bad"][0], json!({"digest": digest.to_string(), "count": 4}));
         assert_eq!(told["logs_bad"][0], digest.hex());
     }
 }
