@@ -42,6 +42,24 @@ fn endless_image(folder: &Path) -> PathBuf {
     config
 }
 
+/// SIGXFSZ ended the program without a word; a server, too, whose cache had reached the limit.
+#[test]
+fn a_limit_on_the_size_of_files_is_an_error_that_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = endless_image(folder.path());
+    let script = r#"ulimit -f 1000; exec "$0" export "$1" -o "$2""#;
+    let ended = Command::new("sh")
+        .args(["-c", script, env!("CARGO_BIN_EXE_obd-ublk")])
+        .args([config, folder.path().join("disk")])
+        .env_remove("OBD_UBLK_LOG")
+        .output()
+        .unwrap();
+    let told = String::from_utf8(ended.stderr).unwrap();
+    assert_eq!(ended.status.code(), Some(1), "{:?}: {told}", ended.status);
+    assert!(told.contains("File too large"), "{told}");
+    assert!(!folder.path().join("disk").exists());
+}
+
 /// Exports and zfile extractions used to leave a hidden file of any size when they were stopped.
 #[test]
 fn an_export_that_is_stopped_leaves_nothing_behind() {

@@ -56,6 +56,7 @@ use crate::telemetry::{self, Verbosity};
 use behind::COMPRESS_COMMAND;
 use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 use freeze::FREEZE_COMMAND;
+use nix::sys::signal::{SigSet, Signal};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -217,6 +218,10 @@ impl Command {
 /// The whole program: reads the arguments of this process, returns its exit code.
 #[must_use]
 pub fn main() -> ExitCode {
+    // A file that may not grow any more is to be an error of a write, as a full disk is, and not
+    // the end of a server. Blocked, because ignoring takes `unsafe`; here, because all threads
+    // inherit that. Programs that we start do not: the standard library unblocks all for them.
+    let _ = SigSet::from(Signal::SIGXFSZ).thread_block();
     if let Some(alias) = alias::called_as() {
         return main_as(alias);
     }
