@@ -91,7 +91,7 @@ fn file_facts(args: &Args) -> Result<Facts> {
     Ok(facts.with("kind", json!(kind)))
 }
 
-/// Takes memory for the file (24 bytes a record) until it is parsed to 32 bytes a record.
+/// Takes memory for the file (24 bytes a record) until it is parsed to as many a record.
 fn trace_facts(source: &Source) -> Result<Facts> {
     let mut bytes = vec![0; to_usize(source.bytes()).unwrap_or(0)];
     source.read(0, &mut bytes)?;

@@ -10,8 +10,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::limits::TRACE_BYTES_MAX;
 use crate::units::to_u64;
 
+/// Bytes by which a trace is known, at its front.
+pub const MAGIC_BYTES: usize = 4;
+
 /// CRC-32 of "Container Image Trace Format", little-endian.
-const MAGIC: [u8; 4] = 3_270_449_184_u32.to_le_bytes();
+const MAGIC: [u8; MAGIC_BYTES] = 3_270_449_184_u32.to_le_bytes();
 
 /// Bytes of the header and of each record.
 const UNIT_BYTES: usize = 24;

@@ -12,7 +12,7 @@ use crate::format::config::ImageConfig;
 use crate::format::trace::{self, Op, Record, Trace};
 use crate::limits::{RECORD_BYTES_MAX, RECORD_COUNT_MAX, TRACE_BYTES_MAX};
 use crate::source::{Place, open_regular};
-use crate::units::to_u64;
+use crate::units::{to_u64, to_usize};
 use std::fs::File;
 use std::io::Read as _;
 use std::os::unix::fs::FileExt as _;
@@ -80,14 +80,27 @@ fn load(path: &Path, bytes_max: u64) -> Result<Trace> {
 
 fn read(path: &Path, file: &File, bytes_max: u64) -> Result<Trace> {
     let told = |error: &std::io::Error| Error::io(format!("read {}", path.display()), error);
+    // The file may be part of an image: what it is, and how long, before memory is taken for it.
     let mut bytes = Vec::new();
-    file.take(bytes_max + 1).read_to_end(&mut bytes).map_err(|error| told(&error))?;
-    if to_u64(bytes.len()) > bytes_max {
-        let message = format!("{}: found more, expected at most {bytes_max} bytes", path.display());
-        return Err(Error::new(ErrorKind::Unsupported, message));
-    }
+    let front = to_u64(trace::MAGIC_BYTES);
+    file.take(front).read_to_end(&mut bytes).map_err(|error| told(&error))?;
     if !trace::has_magic(&bytes) {
         let message = format!("{}: no trace (lists of paths are not supported)", path.display());
+        return Err(Error::new(ErrorKind::Unsupported, message));
+    }
+    let length = file.metadata().map_err(|error| told(&error))?.len();
+    if length <= bytes_max {
+        // One more, so that the end is found without growing.
+        bytes.reserve_exact(to_usize(length + 1).unwrap_or(0));
+        file.take((bytes_max + 1).saturating_sub(front))
+            .read_to_end(&mut bytes)
+            .map_err(|error| told(&error))?;
+    }
+    // It may have grown since.
+    let length = length.max(to_u64(bytes.len()));
+    if length > bytes_max {
+        let path = path.display();
+        let message = format!("{path}: found {length} bytes, expected at most {bytes_max}");
         return Err(Error::new(ErrorKind::Unsupported, message));
     }
     trace::parse(&bytes).map_err(|error| error.context(format!("parse {}", path.display())))
@@ -290,5 +303,34 @@ mod tests {
             let config = ImageConfig::parse(config.as_bytes()).unwrap();
             assert_eq!(trace_of_layer(&config), expected.map(PathBuf::from), "{layer}");
         }
+    }
+
+    /// 256 MiB of anything were read into memory before its first bytes were looked at, and of a
+    /// trace so long twice as much was taken.
+    #[test]
+    fn what_is_no_trace_or_too_long_is_known_before_it_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("trace");
+        for (front, told) in
+            [(vec![0; 24], "no trace"), (trace::encode(&Trace::default()), "found 300000000")]
+        {
+            std::fs::write(&path, front).unwrap();
+            File::options().write(true).open(&path).unwrap().set_len(300_000_000).unwrap();
+            let file = open_regular(&path).unwrap();
+            let error = read(&path, &file, TRACE_BYTES_MAX).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unsupported);
+            assert!(error.to_string().contains(told), "{error:#}");
+            let at = std::io::Seek::stream_position(&mut &file).unwrap();
+            assert_eq!(at, to_u64(trace::MAGIC_BYTES), "and no more was read");
+        }
+    }
+
+    #[test]
+    fn a_recording_that_is_full_can_be_replayed() {
+        let record = Record { op: Op::Read, layer_index: 0, bytes: 1, offset_bytes: 0 };
+        let full = Trace { records: vec![record; RECORD_COUNT_MAX] };
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), trace::encode(&full)).unwrap();
+        assert_eq!(load(file.path(), TRACE_BYTES_MAX).unwrap(), full);
     }
 }
