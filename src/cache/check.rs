@@ -22,8 +22,10 @@ pub struct Checked {
     pub extents_bad: Vec<(BlobDigest, u64)>,
     /// Files that belong to nothing: one half of a pair, or a pair without a header.
     pub strays: Vec<BlobDigest>,
-    /// Blobs that could not be looked at or read, and why: the lock of the folder that another
-    /// process has, the disk. Nothing of them is removed.
+    /// Blobs that were left as they are, because another process had the folder's lock for too
+    /// long: what is wrong with them is not known, or was not removed.
+    pub busy: Vec<BlobDigest>,
+    /// Blobs that could not be read, and why.
     pub unreadable: Vec<(BlobDigest, String)>,
 }
 
@@ -31,8 +33,9 @@ impl Checked {
     /// Whether nothing was wrong.
     #[must_use]
     pub fn is_clean(&self) -> bool {
-        let Self { whole_bad, extents_bad, strays, unreadable, .. } = self;
-        whole_bad.is_empty() && extents_bad.is_empty() && strays.is_empty() && unreadable.is_empty()
+        let Self { whole_bad, extents_bad, strays, .. } = self;
+        let is_any_bad = !(whole_bad.is_empty() && extents_bad.is_empty() && strays.is_empty());
+        !is_any_bad && self.unreadable.is_empty() && self.busy.is_empty()
     }
 }
 
@@ -51,6 +54,9 @@ pub(super) fn check(folder: &Folder, repair: bool) -> Result<Checked> {
             Ok(()) => {}
             // Evicted or promoted meanwhile.
             Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) if matches!(error.kind(), ErrorKind::Timeout | ErrorKind::Busy) => {
+                checked.busy.push(digest);
+            }
             Err(error) => checked.unreadable.push((digest, format!("{error:#}"))),
         }
     }

@@ -190,6 +190,7 @@ fn told(checked: &Checked, logs: &CheckedLogs) -> Value {
         "extents_right": checked.extents_right,
         "extents_bad": extents,
         "strays": names(&checked.strays),
+        "busy": names(&checked.busy),
         "unreadable": unreadable,
         "logs_right": logs.right,
         "logs_bad": logs.bad.iter().map(BlobDigest::hex).collect::<Vec<String>>(),
@@ -200,8 +201,15 @@ fn told(checked: &Checked, logs: &CheckedLogs) -> Value {
 /// An error for a cache that is damaged, unless what was is gone.
 fn verdict(checked: &Checked, logs: &CheckedLogs, repair: bool) -> Result<()> {
     let is_clean = checked.is_clean() && logs.bad.is_empty() && logs.strays == 0;
-    if is_clean || repair && checked.unreadable.is_empty() {
+    let is_all = checked.unreadable.is_empty() && checked.busy.is_empty();
+    if is_clean || repair && is_all {
         return Ok(());
+    }
+    let others = Checked { busy: Vec::new(), ..checked.clone() };
+    if !checked.busy.is_empty() && verdict(&others, logs, repair).is_ok() {
+        let count = checked.busy.len();
+        let message = format!("{count} blobs were busy and were left as they are: try again");
+        return Err(Error::new(ErrorKind::Busy, message));
     }
     let hint = if repair { "" } else { "; `--repair` throws away what is bad" };
     let message = format!("not everything is as its checksums say{hint}");
@@ -231,6 +239,10 @@ mod tests {
             let expected = if good { Ok(()) } else { Err(ErrorKind::Integrity) };
             assert_eq!(found, expected, "{checked:?} {repair}");
         }
+        let busy = Checked { busy: vec![digest], ..bad.clone() };
+        let kind_of = |checked, repair| verdict(checked, &CheckedLogs::default(), repair);
+        assert_eq!(kind_of(&busy, false).unwrap_err().kind(), ErrorKind::Integrity);
+        assert_eq!(kind_of(&busy, true).unwrap_err().kind(), ErrorKind::Busy);
         let logs = CheckedLogs { bad: vec![digest], ..CheckedLogs::default() };
         assert!(verdict(&clean, &logs, false).is_err() && verdict(&clean, &logs, true).is_ok());
         let bad = Checked { extents_bad: vec![(digest, 4)], ..bad };
