@@ -21,7 +21,7 @@ pub(super) struct Gate {
     next_recheck_ms: AtomicU64,
     unchecked_bytes: AtomicU64,
     is_full: AtomicBool,
-    /// How storing failed last.
+    /// How storing failed last; `None` where the disk was too full to begin.
     failure: Mutex<Option<(ErrorKind, String)>>,
 }
 
@@ -86,7 +86,12 @@ impl Gate {
         let (now, until) = (self.now_ms(), self.closed_until_ms.load(Ordering::Relaxed));
         let next = now.saturating_add(self.pause_ms.max(1));
         let order = Ordering::Relaxed;
-        until <= now && self.closed_until_ms.compare_exchange(until, next, order, order).is_ok()
+        let is_first = until <= now
+            && self.closed_until_ms.compare_exchange(until, next, order, order).is_ok();
+        if is_first {
+            *lock(&self.failure) = None;
+        }
+        is_first
     }
 
     /// Whether the disk was found full since this was asked last: somebody should make room.
