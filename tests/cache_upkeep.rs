@@ -223,3 +223,48 @@ fn a_repair_that_does_not_get_the_lock_removes_nothing() {
     check_read(&blob_in(&open(folder.path(), 4096), &blob), &blob, 0, 5 * EXTENT);
     assert_eq!(blob.fetched_extents(), 5);
 }
+
+/// Such a blob was read past the cache for ever, without a word.
+#[test]
+fn a_complete_blob_that_was_cut_is_begun_anew() {
+    let folder = tempfile::tempdir().unwrap();
+    let blob = Blob::new(68, 10 * EXTENT, EXTENT);
+    let whole = folder.path().join("whole").join(blob.digest.hex());
+    let soon = || std::time::Instant::now() + Duration::from_secs(60);
+    let pull = || {
+        let cached = blob_in(&open(folder.path(), 4096), &blob);
+        cached.fill(0..10 * 4096).unwrap();
+        while !whole.exists() {
+            cached.promote(soon()).unwrap();
+        }
+    };
+    let cut = |length| {
+        let writable = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+        std::fs::set_permissions(&whole, writable).unwrap();
+        let file = std::fs::File::options().write(true).open(&whole).unwrap();
+        file.set_len(length).unwrap();
+    };
+    pull();
+    let cached = blob_in(&open(folder.path(), 4096), &blob);
+    check_read(&cached, &blob, 0, 10 * EXTENT);
+    cut(4096);
+    // What is left is as right as before.
+    check_read(&cached, &blob, 0, EXTENT);
+    assert!(whole.exists());
+    check_read(&cached, &blob, 4 * EXTENT, EXTENT);
+    assert!(!whole.exists() && data_path(folder.path(), &blob).exists());
+    check_read(&cached, &blob, 0, 10 * EXTENT);
+    assert_eq!((blob.fetched_extents(), cached.stats().degraded), (20, 0));
+    assert_eq!(cached.promote(soon()).unwrap(), obd_ublk::cache::Promotion::Done);
+    // Before it is opened, too, where it is empty; where it is not, the length may be a wrong one.
+    for (length, is_kept) in [(0, true), (4096, false)] {
+        cut(length);
+        let cached = blob_in(&open(folder.path(), 4096), &blob);
+        check_read(&cached, &blob, 4 * EXTENT, EXTENT);
+        assert_eq!(cached.is_here(4 * 4096, 1), is_kept);
+        assert_eq!(whole.exists(), !is_kept);
+        if is_kept {
+            pull();
+        }
+    }
+}

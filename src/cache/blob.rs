@@ -397,6 +397,9 @@ impl CachedBlob {
                 if file.read_vouched(at, dst).is_ok() {
                     return Ok(dst.len());
                 }
+                if slot.remove_if_cut(&residence, file) {
+                    return Ok(0);
+                }
                 // The disk below the plain file fails: what cannot be read is fetched.
                 extents
             }

@@ -140,7 +140,8 @@ impl Folder {
         let named = |error| Error::io("begin", &error).context(action());
         self.allow(DiskStep::Open).map_err(named)?;
         let lock = self.lock()?;
-        if let Some(file) = self.open_whole(digest, extents.blob_bytes()).context(action)? {
+        let whole = self.open_whole(digest, extents.blob_bytes(), &lock).context(action)?;
+        if let Some(file) = whole {
             // What a kill in the middle of a promotion left: nobody may fill the plain file.
             self.remove_pair(digest, &lock)?;
             return Ok(Opened::Whole(file));
@@ -172,14 +173,25 @@ impl Folder {
     }
 
     /// The plain file. One of another length is refused: a config says how long a blob is, and one
-    /// that is wrong is more likely than a file that was cut, which `fsck` finds.
-    fn open_whole(&self, digest: &BlobDigest, bytes: u64) -> Result<Option<MappedFile>> {
+    /// that is wrong is more likely than a file that was cut, which `fsck` finds. Of one that was
+    /// emptied nothing is lost.
+    fn open_whole(
+        &self,
+        digest: &BlobDigest,
+        bytes: u64,
+        lock: &FolderLock,
+    ) -> Result<Option<MappedFile>> {
         let path = self.whole_path(digest);
         let file = match MappedFile::open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error),
         };
+        if file.bytes() == 0 && bytes > 0 {
+            tracing::warn!(%digest, "a complete blob was emptied: removed");
+            self.remove_whole(digest, lock)?;
+            return Ok(None);
+        }
         if file.bytes() != bytes {
             let what = format!("length of {}", path.display());
             return Err(Error::corrupt(&what, 0, file.bytes(), bytes));

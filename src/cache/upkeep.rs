@@ -209,6 +209,34 @@ impl Slot {
         }
     }
 
+    /// A plain file could not be read: takes it out of the way, if it was cut since it was opened
+    /// with the blob's length, and opens what is begun anew; whether it did. One that a failing
+    /// disk has is left, and so is one that cannot be removed.
+    pub(super) fn remove_if_cut(&self, residence: &Arc<Residence>, file: &MappedFile) -> bool {
+        let blob_bytes = self.extents.blob_bytes();
+        let is_cut = file.file().metadata().is_ok_and(|found| found.len() != blob_bytes);
+        let Some(folder) = self.shared.folder.as_ref().filter(|_| is_cut) else { return false };
+        let removed = folder.lock().and_then(|folder_lock| {
+            // Somebody may have done so already, and the name may be of another file by now.
+            let is_named = self.is_named(file);
+            if is_named {
+                folder.remove_whole(&self.digest, &folder_lock)?;
+            }
+            Ok(is_named)
+        });
+        match removed {
+            Ok(true) => tracing::warn!(digest = %self.digest, "a complete blob was cut: removed"),
+            Ok(false) => {}
+            Err(error) => {
+                let error = format!("{error:#}");
+                tracing::debug!(digest = %self.digest, error, "cut, and cannot be removed");
+                return false;
+            }
+        }
+        self.reopen(residence);
+        true
+    }
+
     /// Puts the plain file where it is wanted too. Each folder is tried once.
     fn commit(&self) {
         let Some(folder) = &self.shared.folder else { return };
