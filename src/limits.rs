@@ -413,6 +413,10 @@ pub const PREFETCH_ROUNDS_MAX: u32 = 3;
 /// How long checking a complete layer may take, by whoever does it: 100 GB at 200 MB/s.
 pub const PREFETCH_CHECK_SECONDS_MAX: u64 = 600;
 
+/// How long `export` waits for another process that takes the digest of a layer: hashing is half a
+/// gigabyte a second, and what is not known in time is no error.
+pub const EXPORT_CHECK_SECONDS_MAX: u64 = 60;
+
 /// How often the background of an image looks around when nothing is due: whether most of a layer
 /// was wanted meanwhile. One wake-up in ten seconds for a device that is not all here.
 pub const BACKGROUND_LOOK_MS: u64 = 10_000;

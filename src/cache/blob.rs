@@ -623,6 +623,20 @@ impl RemoteBlob for CachedBlob {
         self.slot.shared.waiting.load(Ordering::Relaxed) > 0
     }
 
+    fn check(&self, deadline: Instant) -> Result<()> {
+        if self.is_complete()
+            && let Err(error) = self.promote(deadline)
+        {
+            // Of what keeps it, which tells nothing of the bytes.
+            tracing::warn!("{} is not checked: {error:#}", self.name());
+        }
+        if self.slot.condemned.load(Ordering::Acquire) == 0 {
+            return Ok(());
+        }
+        let message = format!("{}: what was fetched has another digest", self.name());
+        Err(Error::new(ErrorKind::Integrity, message))
+    }
+
     fn usage(&self) -> RemoteUsage {
         let stats = self.stats();
         let asked = self.fetch.usage();

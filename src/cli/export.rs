@@ -28,11 +28,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let total = image.virtual_bytes();
     if args.output.as_os_str() == "-" {
         let mut out = std::io::stdout().lock();
-        return with_progress(total, |progress| image.export_to_stream(&mut out, progress));
+        with_progress(total, |progress| image.export_to_stream(&mut out, progress))?;
+        return image.check_remote();
     }
     let output = OutputFile::create(&args.output)?;
     if output.is_stream() {
         with_progress(total, |progress| image.export_to_stream(&mut output.file(), progress))?;
+        image.check_remote()?;
         return output.commit();
     }
     if output.is_new() {
@@ -42,5 +44,6 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     with_progress(total, |progress| {
         image.export_to_file(output.file(), output.is_new(), progress)
     })?;
+    image.check_remote()?;
     output.commit()
 }

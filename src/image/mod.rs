@@ -59,11 +59,13 @@ pub use writable::{UpperChoice, WritableImage, WritableWorker};
 use crate::disk::{Disk, Geometry};
 use crate::error::Result;
 use crate::format::config::ServiceConfig;
+use crate::limits::EXPORT_CHECK_SECONDS_MAX;
 use crate::map::FlatMap;
 use crate::source::{RemoteBlob, RemoteUsage, Source, usage_of};
 use crate::units::SECTOR_SIZE;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 /// An open image: every layer found, checked and merged.
 #[derive(Debug)]
@@ -132,6 +134,23 @@ impl Image {
     pub fn remote_usage(&self) -> Option<RemoteUsage> {
         let sum = usage_of(self.parts.remote_blobs());
         (sum.blobs > 0).then_some(sum)
+    }
+
+    /// Fails if a layer without checksums of its own was read whole from a registry by now and is
+    /// not what its digest says: what was read of it may be wrong. Takes the digests of those that
+    /// nobody has checked.
+    ///
+    /// # Errors
+    /// `Integrity`, naming the layer.
+    pub fn check_remote(&self) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(EXPORT_CHECK_SECONDS_MAX);
+        for payload in &self.parts.payloads {
+            let is_trusted = payload.zfile().is_none_or(|part| !part.header.has_block_crc);
+            if let (true, Source::Remote(blob)) = (is_trusted, payload.source()) {
+                blob.check(deadline)?;
+            }
+        }
+        Ok(())
     }
 
     /// The merged map.

@@ -163,22 +163,50 @@ fn mirrors_and_whom_to_trust_are_named_in_the_hosts_config() {
     }
 }
 
-/// Row 9: nothing but the digest tells of a raw layer that it is wrong.
-#[test]
-fn row_9_a_raw_layer_that_a_peer_got_wrong_is_pulled_again_from_the_registry() {
-    let disk = disk_of(3 << 20, 12);
+/// A raw layer of `disk`, and one with a wrong byte in its place.
+fn raw_layer_and_lie(disk: &[u8]) -> (Vec<u8>, Vec<u8>) {
+    let bytes = u64::try_from(disk.len()).unwrap();
     let segment = SegmentMapping {
         start_sector: 0,
-        sectors: (3 << 20) / 512,
+        sectors: bytes / 512,
         mapped_sector: 8,
         zeroed: false,
         tag: 0,
     };
-    let layer = write_sealed(&[segment], &disk, 3 << 20);
-    let world = World::new();
-    let lower = world.push_blob(layer.clone());
+    let layer = write_sealed(&[segment], disk, bytes);
     let mut lie = layer.clone();
     lie[2 << 20] ^= 1;
+    (layer, lie)
+}
+
+/// Row 9: it once ended with 0, and the byte in its output.
+#[test]
+fn row_9_an_export_that_has_read_a_wrong_byte_fails_and_leaves_no_file() {
+    let disk = disk_of(3 << 20, 12);
+    let world = World::new();
+    let (layer, lie) = raw_layer_and_lie(&disk);
+    let lower = world.push_blob(layer);
+    let (_peer, settings) = with_peer(&world, &lower, lie);
+    let (config, output) = (world.config(&[lower]), world.path("disk"));
+    let (settings, config) = (settings.to_str().unwrap(), config.to_str().unwrap());
+    let export = ["export", "--service-config", settings, config, "-o", output.to_str().unwrap()];
+    let failed = world.run(&export);
+    let said = String::from_utf8_lossy(&failed.stderr);
+    assert_eq!(failed.status.code(), Some(5), "{said}");
+    assert!(said.contains("what was fetched has another digest"), "{said}");
+    assert!(!output.exists());
+    let again = world.run(&export);
+    assert!(again.status.success(), "{}", String::from_utf8_lossy(&again.stderr));
+    assert!(fs::read(&output).unwrap() == disk, "from the registry itself");
+}
+
+/// Row 9: nothing but the digest tells of a raw layer that it is wrong.
+#[test]
+fn row_9_a_raw_layer_that_a_peer_got_wrong_is_pulled_again_from_the_registry() {
+    let disk = disk_of(3 << 20, 12);
+    let world = World::new();
+    let (layer, lie) = raw_layer_and_lie(&disk);
+    let lower = world.push_blob(layer.clone());
     let (peer, settings) = with_peer(&world, &lower, lie);
     let config = world.config(&[lower]);
     let (settings, config) = (settings.to_str().unwrap(), config.to_str().unwrap());
