@@ -273,6 +273,8 @@ fn what_is_in_the_way_is_told_before_anything_is_made() {
     fs::write(world.path("there"), "mine").unwrap();
     let names = world.names();
     let order = world.order(1);
+    // On another file system, where a run in which the two are one may have left one.
+    let elsewhere = format!("/dev/shm/obd-ublk-test-layer-{}", std::process::id());
     for (order, kind, told) in [
         (
             SnapshotOrder { layer: world.path("there"), ..order.clone() },
@@ -296,7 +298,7 @@ fn what_is_in_the_way_is_told_before_anything_is_made() {
             "/a: No such",
         ),
         (
-            SnapshotOrder { layer: "/dev/shm/obd-ublk-test-layer".into(), ..order.clone() },
+            SnapshotOrder { layer: elsewhere.into(), ..order.clone() },
             ErrorKind::Io,
             "same file system",
         ),
