@@ -410,8 +410,13 @@ pub const PREFETCH_LAYERS_MAX: u16 = 32;
 /// Times that a layer is filled and checked: it may be evicted, or found damaged, meanwhile.
 pub const PREFETCH_ROUNDS_MAX: u32 = 3;
 
-/// How long checking a complete layer may take, by whoever does it: 100 GB at 200 MB/s.
-pub const PREFETCH_CHECK_SECONDS_MAX: u64 = 600;
+/// How long another process may take to check a complete layer: this, and the time of its bytes at
+/// the rate below. One that is stopped meanwhile holds up who waits for it no longer than that.
+pub const PREFETCH_CHECK_SECONDS_MIN: u64 = 20;
+
+/// Bytes of a layer that are read, hashed and copied in a second by a slow machine that has more to
+/// do: a tenth of what one core hashes.
+pub const PREFETCH_CHECK_BYTES_PER_SECOND_MIN: u64 = 50_000_000;
 
 /// How long `export` waits for another process that takes the digest of a layer: hashing is half a
 /// gigabyte a second, and what is not known in time is no error.

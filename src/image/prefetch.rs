@@ -9,7 +9,9 @@ use super::together::on_threads;
 use crate::cache::{CachedBlob, Promotion};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::format::config::{ImageConfig, ServiceConfig};
-use crate::limits::{PREFETCH_CHECK_SECONDS_MAX, PREFETCH_ROUNDS_MAX};
+use crate::limits::{
+    PREFETCH_CHECK_BYTES_PER_SECOND_MIN, PREFETCH_CHECK_SECONDS_MIN, PREFETCH_ROUNDS_MAX,
+};
 use crate::source::{RemoteBlob, usage_of};
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -121,7 +123,7 @@ fn pull(blob: &CachedBlob, progress: &AtomicU64) -> Result<()> {
     for _ in 0..PREFETCH_ROUNDS_MAX {
         blob.fill_counted(0..blob.bytes(), counted)?;
         counted = &again;
-        let deadline = Instant::now() + Duration::from_secs(PREFETCH_CHECK_SECONDS_MAX);
+        let deadline = Instant::now() + check_time(blob.bytes());
         let promotion = blob.promote(deadline).context(|| format!("check {}", blob.name()))?;
         match promotion {
             Promotion::Done => return Ok(()),
@@ -132,6 +134,24 @@ fn pull(blob: &CachedBlob, progress: &AtomicU64) -> Result<()> {
     Err(Error::new(ErrorKind::Integrity, message))
 }
 
+/// How long another process is given to check a layer of so many bytes.
+const fn check_time(bytes: u64) -> Duration {
+    let of_its_bytes = bytes / PREFETCH_CHECK_BYTES_PER_SECOND_MIN;
+    Duration::from_secs(PREFETCH_CHECK_SECONDS_MIN.saturating_add(of_its_bytes))
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_that_was_stopped_is_waited_for_as_long_as_one_that_checks_needs() {
+        for (bytes, seconds) in [(0, 20), (50_000_000, 21), (64 << 20, 21), (10 << 30, 234)] {
+            assert_eq!(check_time(bytes), Duration::from_secs(seconds), "{bytes}");
+        }
+    }
 }
