@@ -25,6 +25,7 @@ use obd_ublk::source::{RemoteBlob, Source};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -175,74 +176,69 @@ fn answer(
     }
 }
 
-/// What a bare client takes for ranges of the blob, in order: time and processor time.
-fn bare(server: &Server, connections: usize, ranges: &[std::ops::Range<usize>]) -> Cost {
+/// What it takes to have ranges of the blob in order, by clients on a thread each, compared with
+/// their checksums and written to a file: time and processor time. `get` fills a buffer.
+fn pulled<C: Send>(
+    server: &Server,
+    clients: Vec<C>,
+    ranges: &[Range<usize>],
+    get: impl Fn(&mut C, &Range<usize>, &mut [u8]) + Sync,
+) -> Cost {
     let folder = tempfile::tempdir().unwrap();
     let file = File::create(folder.path().join("blob")).unwrap();
     let next = AtomicUsize::new(0);
     let expected: Vec<u32> =
         ranges.iter().map(|range| crc32c::crc32c(&server.blob[range.clone()])).collect();
+    let work = |mut client: C| {
+        let mut buffer = vec![0; MIB];
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            let Some(range) = ranges.get(at) else { return };
+            let buffer = &mut buffer[..range.len()];
+            get(&mut client, range, buffer);
+            assert_eq!(crc32c::crc32c(buffer), expected[at]);
+            file.write_all_at(buffer, range.start as u64).unwrap();
+        }
+    };
     Cost::of(|| {
         std::thread::scope(|scope| {
-            for _ in 0..connections {
-                scope.spawn(|| {
-                    let mut client = Client::new(server);
-                    let mut buffer = vec![0; MIB];
-                    loop {
-                        let at = next.fetch_add(1, Ordering::Relaxed);
-                        let Some(range) = ranges.get(at) else { return };
-                        let buffer = &mut buffer[..range.len()];
-                        client.get(range, buffer);
-                        assert_eq!(crc32c::crc32c(buffer), expected[at]);
-                        file.write_all_at(buffer, range.start as u64).unwrap();
-                    }
-                });
+            for client in clients {
+                scope.spawn(|| work(client));
             }
         });
     })
 }
 
-/// The same by the HTTP library, on threads with an executor and a client each.
-fn by_library(server: &Server, connections: usize, ranges: &[std::ops::Range<usize>]) -> Cost {
-    let folder = tempfile::tempdir().unwrap();
-    let file = File::create(folder.path().join("blob")).unwrap();
-    let next = AtomicUsize::new(0);
-    let expected: Vec<u32> =
-        ranges.iter().map(|range| crc32c::crc32c(&server.blob[range.clone()])).collect();
+/// By a bare client, whose connections are measured, too.
+fn bare(server: &Server, connections: usize, ranges: &[Range<usize>]) -> Cost {
+    let clients: Vec<Option<Client>> = (0..connections).map(|_| None).collect();
+    pulled(server, clients, ranges, |client, range, buffer| {
+        client.get_or_insert_with(|| Client::new(server)).get(range, buffer);
+    })
+}
+
+/// By the HTTP library, with an executor and a client for each thread. What a process sets up once
+/// is not measured here either.
+fn by_library(server: &Server, connections: usize, ranges: &[Range<usize>]) -> Cost {
     let url = format!("http://{}/v2/a/blobs/x", server.address);
     let _ = rustls::crypto::ring::default_provider().install_default();
-    // What a process sets up once is not measured here either.
     let clients = (0..connections).map(|_| {
         let client = reqwest::Client::builder().http1_only().tcp_nodelay(true).no_proxy();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         (client.tls_certs_only([]).build().unwrap(), runtime.unwrap())
     });
-    let clients: Vec<_> = clients.collect();
-    let work = |client: &reqwest::Client, runtime: &tokio::runtime::Runtime| {
-        let mut buffer = vec![0; MIB];
-        loop {
-            let at = next.fetch_add(1, Ordering::Relaxed);
-            let Some(range) = ranges.get(at) else { return };
-            let wanted = format!("bytes={}-{}", range.start, range.end - 1);
-            let mut done = 0;
-            runtime.block_on(async {
-                let request = client.get(&url).header(reqwest::header::RANGE, wanted);
-                let mut response = request.send().await.unwrap();
-                while let Some(piece) = response.chunk().await.unwrap() {
-                    buffer[done..done + piece.len()].copy_from_slice(&piece);
-                    done += piece.len();
-                }
-            });
-            assert_eq!(crc32c::crc32c(&buffer[..done]), expected[at]);
-            file.write_all_at(&buffer[..done], range.start as u64).unwrap();
-        }
-    };
-    Cost::of(|| {
-        std::thread::scope(|scope| {
-            for (client, runtime) in &clients {
-                scope.spawn(move || work(client, runtime));
+    pulled(server, clients.collect(), ranges, |(client, runtime), range, buffer| {
+        let wanted = format!("bytes={}-{}", range.start, range.end - 1);
+        let mut done = 0;
+        runtime.block_on(async {
+            let request = client.get(&url).header(reqwest::header::RANGE, wanted);
+            let mut response = request.send().await.unwrap();
+            while let Some(piece) = response.chunk().await.unwrap() {
+                buffer[done..done + piece.len()].copy_from_slice(&piece);
+                done += piece.len();
             }
         });
+        assert_eq!(done, buffer.len());
     })
 }
 
@@ -259,7 +255,7 @@ impl Client {
         Self { stream, reader }
     }
 
-    fn get(&mut self, range: &std::ops::Range<usize>, buffer: &mut [u8]) {
+    fn get(&mut self, range: &Range<usize>, buffer: &mut [u8]) {
         let request = format!(
             "GET /v2/a/blobs/x HTTP/1.1\r\nHost: a\r\nRange: bytes={}-{}\r\n\r\n",
             range.start,
@@ -337,7 +333,7 @@ fn read_all(read: &dyn Fn(u64, &mut [u8]), bytes: u64) {
     }
 }
 
-fn whole(blob: &[u8]) -> Vec<std::ops::Range<usize>> {
+fn whole(blob: &[u8]) -> Vec<Range<usize>> {
     (0..blob.len()).step_by(MIB).map(|start| start..(start + MIB).min(blob.len())).collect()
 }
 
@@ -362,7 +358,7 @@ fn sequential(
     goal: &str,
     megabytes: usize,
     rounds: usize,
-    bare: impl Fn(&Server, usize, &[std::ops::Range<usize>]) -> Cost,
+    bare: impl Fn(&Server, usize, &[Range<usize>]) -> Cost,
 ) {
     let server = Server::start(megabytes, 0, 0);
     let ranges = whole(&server.blob);

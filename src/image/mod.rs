@@ -145,8 +145,10 @@ impl Image {
     pub fn check_remote(&self) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(EXPORT_CHECK_SECONDS_MAX);
         for payload in &self.parts.payloads {
-            let is_trusted = payload.zfile().is_none_or(|part| !part.header.has_block_crc);
-            if let (true, Source::Remote(blob)) = (is_trusted, payload.source()) {
+            let has_checksums = payload.zfile().is_some_and(|part| part.header.has_block_crc);
+            if let Source::Remote(blob) = payload.source()
+                && !has_checksums
+            {
                 blob.check(deadline)?;
             }
         }

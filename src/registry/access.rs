@@ -1,15 +1,15 @@
 //! Leave to read one repository: what to show, when to renew it, and how to wait for it.
 //!
 //! The state is small and locked for moments only. Whatever takes time, a token server or a
-//! credential helper, is one task for all who wait ([`Flight`]). A repository that refuses what we
-//! have is *denied*: those who want to read it wait in one line, and the first of them looks at the
-//! credentials and asks the registry again from time to time; when that succeeds, all go on.
+//! credential helper, is one task for all who wait ([`Flight`]). Who is refused what we have waits
+//! in one line with the others ([`Refusals`]); the first of them looks at the credentials and asks
+//! the registry again from time to time, and all go on when that succeeds.
 
 use super::blob_url::BlobPlace;
 use super::challenge::{self, Wanted};
 use super::credential_file::Credential;
 use super::credentials::{Credentials, Found, Stamp};
-use super::fault::Fault;
+use super::fault::{self, Fault};
 use super::flight::Flight;
 use super::refusals::Refusals;
 use super::retry::Remedy;
@@ -164,9 +164,9 @@ impl Access {
         let granted = match wanted {
             Wanted::Basic => {
                 let header = credential.as_ref().and_then(Credential::basic);
-                let none = || Fault::unauthorized(format!("{} wants a password", self.place));
-                let none = || unusable.unwrap_or_else(none);
-                Granted { header: header.ok_or_else(none)?, end: None, renew_at: None }
+                let wants = || Fault::unauthorized(format!("{} wants a password", self.place));
+                let header = header.ok_or_else(|| unusable.unwrap_or_else(wants))?;
+                Granted { header, end: None, renew_at: None }
             }
             Wanted::Bearer { realm, service, scope } => {
                 let wish = Wish {
@@ -222,7 +222,7 @@ impl Access {
         let was_basic = state.wanted == Some(Wanted::Basic);
         if is_fresh {
             // Where only this blob is kept from us, it is good for the others.
-            if answer.status() != 403 {
+            if !fault::is_of_one(answer.status()) {
                 state.granted = None;
             }
             return Turn::Denied;

@@ -19,6 +19,13 @@ pub fn result_text(url: &str, kind: ErrorKind) -> String {
     format!("failed to open remote file {url}: {why}")
 }
 
+/// Whether a refusal by this status tells nothing of what else is in the repository: a scanner of
+/// images says 403 of one blob, and a password that is wrong is wrong for all.
+#[must_use]
+pub(super) const fn is_of_one(status: u16) -> bool {
+    status == 403
+}
+
 /// A failed attempt. The text names status, host and path, and never a secret.
 #[derive(Clone, Debug)]
 pub(super) struct Fault {
@@ -27,7 +34,7 @@ pub(super) struct Fault {
     pub(super) text: String,
     /// How long the host asks to be left alone.
     pub(super) retry_after: Option<Duration>,
-    /// Whether it tells nothing of what else is in the repository.
+    /// See [`is_of_one`].
     pub(super) is_of_one: bool,
 }
 
@@ -67,7 +74,7 @@ impl Fault {
     pub(super) fn status(status: u16, place: &str, retry_after: Option<Duration>) -> Self {
         let (remedy, kind) = retry::classify(status);
         let text = format!("HTTP status {status} from {place}");
-        Self { remedy, kind, text, retry_after, is_of_one: status == 403 }
+        Self { remedy, kind, text, retry_after, is_of_one: is_of_one(status) }
     }
 
     /// The same fault, which nothing helps against.
